@@ -1,0 +1,120 @@
+"""`preftune VERB [RUN.yaml] [key=value ...]`: the verbs, their help, and what happens to an error.
+
+Nothing heavy is imported here: help and refusals answer at once. A verb's own module is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any
+
+import click
+import typer
+
+from preftune import __version__
+from preftune.cli.console import setup
+from preftune.config import VERB_KEYS, all_keys
+from preftune.errors import PreftuneError, Refusal, nearest
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help"]},
+    help="Preference alignment of language models: people's judgements in, an aligned model and a verdict out.\n\n"
+    "Every verb takes one YAML file and/or key=value words, the same keys both ways; later words win.",
+)
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[RUN.yaml] [key=value ...]", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, the rest on standard error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
+
+VERBS = {
+    "train": "Train a model on preferences or demonstrations.",
+    "evaluate": "Held-out accuracy of a model, or its win rate against another.",
+    "score": "Log-probability of every response, one JSON line each.",
+    "generate": "Sample responses to prompts.",
+    "chat": "Talk to a model or a run.",
+    "merge": "Fold an adapter run into a plain model: merge RUN out=DIR.",
+    "report": "Write the report of runs again: report RUN ...",
+    "demo": "The controlled-sentiment experiment, from the packaged model to a verdict.",
+}
+
+
+def _epilog(verb: str) -> str:
+    keys = VERB_KEYS.get(verb)
+    if keys is None:
+        return ""
+    rows = [(k, text) for k, text in all_keys(keys).items() if text]
+    width = max(len(key) for key, _ in rows)
+    return "\b\nKeys:\n" + "\n".join(f"  {key:<{width}}  {text}" for key, text in rows)
+
+
+def _verb(name: str) -> Callable[..., None]:
+    def call(words: Words = None, as_json: Json = False, quiet: Quiet = False) -> None:
+        setup(quiet=quiet)
+        result = import_module(f"preftune.cli.{name}").run(words or [], as_json)
+        if as_json:
+            print(json.dumps({} if result is None else result, ensure_ascii=False))
+
+    return call
+
+
+for verb, text in VERBS.items():
+    app.command(verb, help=text, epilog=_epilog(verb))(_verb(verb))
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"preftune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None: ...
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Runs the command and exits: 0 done, 1 began and failed, 2 refused, 130 and 143 after saving."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        typer.main.get_command(app).main(arguments or ["--help"], prog_name="preftune", standalone_mode=False)
+    except PreftuneError as error:
+        _fail(error, arguments)
+    except click.exceptions.UsageError as error:
+        _fail(_usage(error, arguments), arguments)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.exit(130)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _fail(error: PreftuneError, arguments: list[str]) -> None:
+    if "--json" in arguments:
+        print(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
+    print(f"preftune: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _usage(error: click.exceptions.UsageError, arguments: list[str]) -> Refusal:
+    """Click's complaint in our words: a flag that is meant as a key, or a verb that is not there."""
+    option: Any = getattr(error, "option_name", None)
+    if option and option.startswith("--"):
+        key = option.lstrip("-").replace("-", "_").split("=")[0]
+        return Refusal(
+            f"there is no flag {option}; keys are written key=value: {key}=... (flags are only --help --json --quiet --version)",
+            code="unknown_flag",
+        )
+    words = [a for a in arguments if not a.startswith("-")]
+    if words and words[0] not in VERBS:
+        return Refusal(
+            f"there is no verb {words[0]!r}.{nearest(words[0], VERBS)} Verbs: {', '.join(VERBS)}", code="unknown_verb"
+        )
+    return Refusal(error.format_message(), code="usage")

@@ -1,0 +1,58 @@
+"""What verbs that score data share: data read and rendered, every refusal before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from preftune.models.inspect import check_vocabulary, facts, resolve
+from preftune.runs.prepare import load_said
+
+if TYPE_CHECKING:
+    from preftune.config import EvaluateKeys, ScoreKeys
+    from preftune.data.options import DataOptions
+    from preftune.data.render import Batch
+
+
+@dataclass
+class Opened:
+    """Rendered data, its tokenizer, and the models that are loaded when they are asked for."""
+
+    batch: Batch
+    tokenizer: Any
+    refs: tuple[str, str | None]
+    keys: EvaluateKeys | ScoreKeys
+
+    def models(self) -> tuple[Any, Any]:
+        """(policy, reference or None)."""
+        from preftune.models.load import load_model
+        from preftune.training.precision import DTYPES
+
+        dtype, trust = DTYPES[self.keys.dtype or "float32"], self.keys.trust_remote_code
+        policy, reference = self.refs
+        other = load_model(reference, dtype=dtype, key="reference", trust_remote_code=trust) if reference else None
+        return load_model(policy, dtype=dtype, trust_remote_code=trust), other
+
+
+def open_data(model: str, options: DataOptions, keys: EvaluateKeys | ScoreKeys, *, reference: str | None) -> Opened:
+    """Checks the models' files, reads and renders the data; drops are said, and counted against the contract's rule."""
+    refs = resolve(model, "model"), resolve(reference, "reference") if reference else None
+    check_vocabulary(facts(refs[0], "model"), facts(refs[1], "reference") if refs[1] else None)
+    reading = load_said(options.sources, options)
+    from preftune.data.read import enforce
+    from preftune.data.render import render
+    from preftune.models.load import load_tokenizer, positions_of
+    from preftune.runs.prepare import by_row, say_drops
+
+    tokenizer = load_tokenizer(refs[0], trust_remote_code=keys.trust_remote_code)
+    limit = keys.max_length or positions_of(refs[0], trust_remote_code=keys.trust_remote_code)
+    batch = render(reading.groups, tokenizer, max_length=limit, too_long=options.too_long, template=options.template)
+    say_drops(batch.findings)
+    enforce(
+        reading.rows,
+        reading.dropped + by_row(batch.findings),
+        [*reading.findings, *batch.findings],
+        strict=options.strict,
+        allow_drops=options.allow_drops,
+    )
+    return Opened(batch, tokenizer, refs, keys)

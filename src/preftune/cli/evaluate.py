@@ -1,0 +1,93 @@
+"""preftune evaluate"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from preftune.config import EvaluateKeys, resolve
+from preftune.errors import Refusal
+from preftune.models import inspect
+
+log = logging.getLogger("preftune")
+
+
+def run(words: list[str], as_json: bool) -> dict[str, Any]:
+    keys = resolve(EvaluateKeys, words)
+    if keys.against is not None:
+        result = _win_rate(keys)
+    elif keys.data is not None:
+        result = _held_out(keys)
+    else:
+        raise Refusal(
+            "evaluate needs data=... (accuracy), or against=... prompts=... scorer=...", code="missing_key", key="data"
+        )
+    if not as_json:
+        _print(result)
+    return result
+
+
+def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
+    assert keys.data is not None
+    if keys.prompts or keys.scorer:
+        raise Refusal(
+            "prompts and scorer belong to a win rate: name the other model with against=...", code="missing_key", key="against"
+        )
+    from preftune.cli.common import open_data
+    from preftune.evaluation.evaluate import evaluate
+
+    data = open_data(keys.model, keys.data, keys, reference=keys.reference.model)
+    models = data.models()
+    return evaluate(
+        models[0],
+        data.tokenizer,
+        data.batch,
+        reference=models[1],
+        method=keys.method.name,
+        beta=keys.beta,
+        template=keys.data.template,
+        kl_samples=keys.kl_samples,
+        max_new_tokens=keys.max_new_tokens,
+        seed=keys.seed,
+    )
+
+
+def _win_rate(keys: EvaluateKeys) -> dict[str, Any]:
+    from preftune.evaluation.win_rate import load_scorer
+    from preftune.runs.prepare import load_said
+
+    if keys.prompts is None or keys.scorer is None or keys.against is None:
+        missing = "prompts" if keys.prompts is None else "scorer"
+        raise Refusal(
+            "a win rate needs against=..., prompts=... and scorer=package.module:function", code="missing_key", key=missing
+        )
+    scorer = load_scorer(keys.scorer)
+    for ref, key in ((keys.model, "model"), (keys.against, "against")):
+        inspect.check_vocabulary(inspect.facts(inspect.resolve(ref, key), key))
+    groups = load_said(keys.prompts.sources, keys.prompts).groups
+    from preftune.evaluation.evaluate import compare
+    from preftune.models.load import load_model, load_tokenizer
+    from preftune.training.precision import DTYPES
+
+    dtype, trust = DTYPES[keys.dtype or "float32"], keys.trust_remote_code
+    return compare(
+        load_model(keys.model, dtype=dtype, trust_remote_code=trust),
+        load_model(keys.against, dtype=dtype, key="against", trust_remote_code=trust),
+        load_tokenizer(keys.model, trust_remote_code=trust),
+        groups,
+        scorer,
+        name=keys.scorer,
+        against_tokenizer=load_tokenizer(keys.against, key="against", trust_remote_code=trust),
+        template=keys.prompts.template,
+        max_new_tokens=keys.max_new_tokens,
+        seed=keys.seed,
+    )
+
+
+def _print(result: dict[str, Any]) -> None:
+    for name, value in result.items():
+        if value is None or name.endswith("_interval"):
+            continue
+        interval = result.get(f"{name}_interval")
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        print(f"{name:<16} {shown}" + (f"   [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))

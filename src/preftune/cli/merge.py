@@ -1,0 +1,33 @@
+"""preftune merge RUN out=DIR"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from preftune.config import MergeKeys, resolve
+from preftune.errors import Refusal
+from preftune.models import inspect
+from preftune.runs import folder as files
+
+log = logging.getLogger("preftune")
+
+
+def run(words: list[str], as_json: bool) -> dict[str, Any]:
+    runs = [w for w in words if "=" not in w]
+    if len(runs) != 1:
+        raise Refusal("merge takes one run: preftune merge RUN out=DIR", code="usage")
+    keys = resolve(MergeKeys, [w for w in words if "=" in w])
+    ref = inspect.resolve(runs[0], "RUN")
+    if not inspect.facts(ref, "RUN").adapter:
+        raise Refusal(f"{ref} is a plain model: there is no adapter to merge", code="no_adapter", key="RUN")
+    out = files.choose_out(keys.out, "merged", overwrite=keys.overwrite)
+    from preftune.models.adapters import merged
+    from preftune.models.load import load_model, load_tokenizer, save_model
+
+    model = load_model(ref, trust_remote_code=keys.trust_remote_code)
+    tokenizer = load_tokenizer(ref, trust_remote_code=keys.trust_remote_code)
+    files.make(out).rmdir()
+    save_model(merged(model), tokenizer, out)
+    log.info(f"merged model: {out}")
+    return {"out": str(out)}

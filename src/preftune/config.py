@@ -1,0 +1,355 @@
+"""One resolved run: a YAML file and key=value words, merged, checked and completed from the options each room declares.
+
+No torch, no transformers: every refusal of a key or value answers before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from preftune.data.options import DataOptions, Source
+from preftune.errors import Refusal, nearest
+from preftune.models.options import AdapterOptions, Dtype
+from preftune.training.options import TrainOptions
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class MethodOptions(Group):
+    name: str | None = Field(None, description="sft or dpo; absent: by the kind of marks in the data, said aloud.")
+
+
+class ReferenceOptions(Group):
+    model: str | None = Field(None, description="Folder, hub name or run; absent: the starting policy.")
+
+
+class WithModel(Group):
+    """What every verb that loads a model takes."""
+
+    model: str = Field(description="Folder, hub name, or a run folder (its model/).")
+    trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
+    dtype: Dtype | None = Field(None, description="float32 or bfloat16; training: bfloat16 where the hardware has it.")
+    seed: int = Field(0, description="Of shuffling, sampling and intervals.")
+
+
+class TrainKeys(WithModel):
+    data: DataOptions = Field(description="What to train on: a source or a list of sources.")
+    eval_data: list[Source] = Field([], description="Held-out data; absent: 5 % of the prompts, at most 1,000.")
+    method: MethodOptions = MethodOptions()
+    reference: ReferenceOptions = ReferenceOptions()
+    beta: Positive = Field(0.1, description="How strongly the policy is held to the reference.")
+    batch_size: Count = Field(32, description="Comparisons or demonstrations per optimizer step.")
+    steps: Count | None = Field(None, description="Optimizer steps; wins over epochs.")
+    epochs: Positive = Field(1.0, description="Passes over the training data.")
+    learning_rate: Positive | None = Field(None, description="Default by method: DPO 1e-6, SFT 2e-5; LoRA ten times that.")
+    max_length: Count | None = Field(None, description="Most tokens of prompt plus response; default: the model's positions.")
+    adapter: AdapterOptions = AdapterOptions()
+    train: TrainOptions = TrainOptions()
+    out: str | None = Field(None, description="Run folder; default runs/<method>-<date>-<n>.")
+    overwrite: bool = Field(False, description="Move a run that is there to .old-1 instead of refusing.")
+    dry_run: bool = Field(False, description="Resolve, check, show three rendered rows, stop.")
+
+
+class EvaluateKeys(WithModel):
+    data: DataOptions | None = Field(None, description="Judged data: accuracy, loss and KL on it.")
+    against: str | None = Field(None, description="Another model: win rate of one sample each per prompt.")
+    prompts: DataOptions | None = Field(None, description="Any data source; its prompts are used for the win rate.")
+    scorer: str | None = Field(None, description="package.module:function taking (prompts, responses).")
+    reference: ReferenceOptions = ReferenceOptions()
+    method: MethodOptions = MethodOptions()
+    beta: Positive = Field(0.1, description="Of the loss and the rewards.")
+    max_length: Count | None = Field(None, description="Most tokens of prompt plus response; default: the model's positions.")
+    kl_samples: Annotated[int, Field(ge=0)] = Field(64, description="Prompts sampled for the KL; 0: no KL.")
+    max_new_tokens: Count = Field(128, description="Longest sample.")
+
+
+class GenerateKeys(WithModel):
+    prompts: DataOptions = Field(description="Any data source; its prompts are used.")
+    out: str | None = Field(None, description="A .jsonl file; default: standard output.")
+    samples: Count = Field(1, description="Samples per prompt.")
+    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0: the likeliest token each time.")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Only the k likeliest tokens; 0: all.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Only the likeliest tokens with this mass; 1: all.")
+    beams: Count = Field(1, description="Beam search with this many beams, without sampling.")
+    max_new_tokens: Count = Field(128, description="Longest sample.")
+    overwrite: bool = Field(False, description="Replace the file at out.")
+
+
+class ScoreKeys(WithModel):
+    data: DataOptions = Field(description="Responses to score.")
+    out: str = Field(description="A .jsonl file, one line per distinct response.")
+    reference: ReferenceOptions = ReferenceOptions()
+    beta: Positive = Field(0.1, description="reward = beta * (logp - reference_logp).")
+    token_logps: bool = Field(False, description="Also the log-probability of every scored token.")
+    max_length: Count | None = Field(None, description="Most tokens of prompt plus response; default: the model's positions.")
+    overwrite: bool = Field(False, description="Replace the file at out.")
+
+
+class ChatKeys(WithModel):
+    system: str | None = Field(None, description="A system message.")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.7, description="0: the likeliest token each time.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="Only the likeliest tokens with this mass.")
+    max_new_tokens: Count = Field(256, description="Longest answer.")
+
+
+class MergeKeys(Group):
+    out: str = Field(description="Folder for the merged model.")
+    trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
+    overwrite: bool = Field(False, description="Move a folder that is there to .old-1 instead of refusing.")
+
+
+class DemoKeys(Group):
+    betas: list[Positive] = Field([0.05], description="One run per beta; several draw the frontier.")
+    out: str | None = Field(None, description="Run folder; default runs/demo-<date>-<n>.")
+    overwrite: bool = Field(False, description="Move a run that is there to .old-1 instead of refusing.")
+    seed: int = Field(0, description="Of sampling, shuffling and intervals.")
+
+
+VERB_KEYS: dict[str, type[Group]] = {
+    "train": TrainKeys,
+    "evaluate": EvaluateKeys,
+    "generate": GenerateKeys,
+    "score": ScoreKeys,
+    "chat": ChatKeys,
+    "merge": MergeKeys,
+    "demo": DemoKeys,
+}
+
+# the key that a group's short form sets: data=D is data.sources=[D]
+MAIN_KEYS = {"data": "sources", "prompts": "sources", "method": "name", "reference": "model", "adapter": "type"}
+_SOURCE_ONLY = {"path", "split", "format", "limit", "columns"}
+
+Keys = TypeVar("Keys", bound=Group)
+
+
+def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
+    """The keys of a verb from its words: at most one YAML file, and key=value."""
+    files = [w for w in words if "=" not in w]
+    if len(files) > 1:
+        raise Refusal(f"one YAML file at most, not {', '.join(files)}", code="usage")
+    layers: list[dict[str, Any]] = []
+    if files:
+        layers += _read_files(files[0], keys)
+    layers += [parse_word(w) for w in words if "=" in w]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, _expand(layer))
+    return build(keys, merged)
+
+
+def build(keys: type[Keys], raw: dict[str, Any]) -> Keys:
+    """Checks a nested dict (short forms expanded) against a verb's keys."""
+    try:
+        return keys.model_validate(_sources_as_dicts(_expand(raw)))
+    except ValidationError as error:
+        raise _refusal(keys, error) from None
+
+
+def parse_word(word: str) -> dict[str, Any]:
+    """'train.eval_every=50' -> {'train': {'eval_every': 50}}; the text after = is YAML 1.2."""
+    key, _, text = word.partition("=")
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+        raise Refusal(f"{word!r} is neither a YAML file nor key=value", code="usage")
+    try:
+        value = _plain(_yaml().load(text))
+    except Exception as error:  # ruamel has a tree of errors; each is a user's text that is not YAML
+        raise Refusal(
+            f"{text!r} is not a YAML value; put text with special characters in quotes: {key}='\"...\"'",
+            code="bad_value",
+            key=key,
+        ) from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def dump(keys: Group) -> str:
+    """The resolved run as YAML, with absolute paths: what config.yaml holds."""
+    import io
+
+    yaml = _yaml()
+    yaml.default_flow_style = False
+    text = io.StringIO()
+    yaml.dump(_absolute(keys.model_dump(mode="json", exclude={"dry_run", "overwrite"})), text)
+    return text.getvalue()
+
+
+def all_keys(keys: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Every key of a verb, dotted, with its description."""
+    found: dict[str, str] = {}
+    for name, field in keys.model_fields.items():
+        inner = _model_of(field.annotation)
+        found[prefix + name] = field.description or ""
+        if inner is not None:
+            found |= all_keys(inner, f"{prefix}{name}.")
+    return found
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True)
+
+
+def _read_files(name: str, keys: type[Group]) -> list[dict[str, Any]]:
+    """The file, after the one it names as `base:`. Keys of other verbs may stand in it: one file serves them all."""
+    layer = _read_file(name)
+    base = layer.pop("base", None)
+    layers: list[dict[str, Any]] = []
+    if base is not None:
+        under = _read_file(str(base))
+        if "base" in under:
+            raise Refusal("a base file cannot name another base", code="nested_base", file=str(base), key="base")
+        layers.append(under)
+    layers.append(layer)
+    others = {key for verb in VERB_KEYS.values() for key in verb.model_fields} - set(keys.model_fields)
+    return [{k: v for k, v in one.items() if k not in others} for one in layers]
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        raise Refusal(f"there is no file {name}; a run is a YAML file and/or key=value", code="missing_file", file=name)
+    try:
+        content = _plain(_yaml().load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"cannot be read: {error}", code="unreadable", file=name) from error
+    except Exception as error:  # see parse_word
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise Refusal(f"is not YAML: {problem}", code="bad_yaml", file=name, row=mark.line + 1 if mark else None) from error
+    if not isinstance(content, dict):
+        raise Refusal("holds no keys; write 'key: value' lines", code="bad_yaml", file=name)
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """YAML reads 2026-01-31 as a date; here it is a name."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value.isoformat() if isinstance(value, datetime.date) else value
+
+
+# -- short forms ------------------------------------------------------------------------------------------------------
+
+
+def _expand(layer: dict[str, Any]) -> dict[str, Any]:
+    """Short forms in their long form, and keys whose value is null left out (their default)."""
+    result: dict[str, Any] = {}
+    for key, value in layer.items():
+        if value is None:
+            continue
+        main = MAIN_KEYS.get(key)
+        if main == "sources" and isinstance(value, dict) and "path" in value:
+            inside = {k: v for k, v in value.items() if k in _SOURCE_ONLY}
+            value = {k: v for k, v in value.items() if k not in _SOURCE_ONLY} | {"sources": [inside]}
+        elif main is not None and not isinstance(value, dict):
+            value = {main: value}
+        if main == "sources" and not isinstance(value.get("sources", []), list):
+            value = value | {"sources": [value["sources"]]}
+        if key == "eval_data" and not isinstance(value, list):
+            value = [value]
+        result[key] = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+    return result
+
+
+def _sources_as_dicts(raw: dict[str, Any]) -> dict[str, Any]:
+    def one(source: Any) -> Any:
+        return {"path": source} if isinstance(source, str) else source
+
+    result = dict(raw)
+    for key in ("data", "prompts"):
+        if isinstance(result.get(key), dict) and isinstance(result[key].get("sources"), list):
+            result[key] = result[key] | {"sources": [one(s) for s in result[key]["sources"]]}
+    if isinstance(result.get("eval_data"), list):
+        result["eval_data"] = [one(s) for s in result["eval_data"]]
+    return result
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths that exist become absolute; hub names stay."""
+
+    def path(text: Any) -> Any:
+        return str(Path(text).absolute()) if isinstance(text, str) and Path(text).exists() else text
+
+    result = dict(values)
+    for key in ("model", "against"):
+        if key in result:
+            result[key] = path(result[key])
+    if result.get("out"):
+        result["out"] = str(Path(result["out"]).absolute())
+    if "reference" in result:
+        result["reference"] = {**result["reference"], "model": path(result["reference"]["model"])}
+    for key in ("data", "prompts"):
+        if result.get(key):
+            sources = [{**s, "path": path(s["path"])} for s in result[key]["sources"]]
+            result[key] = {**result[key], "sources": sources, "template": path(result[key]["template"])}
+    if "eval_data" in result:
+        result["eval_data"] = [{**s, "path": path(s["path"])} for s in result["eval_data"]]
+    return result
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+_WORDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+}
+
+
+def _refusal(keys: type[Group], error: ValidationError) -> Refusal:
+    """The first thing wrong, and how many more."""
+    problems = error.errors(include_url=False)
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        verbs = [verb for verb, other in VERB_KEYS.items() if key in all_keys(other)]
+        hint = nearest(key, all_keys(keys))
+        if verbs and not hint:
+            hint = f" It is a key of {', '.join(verbs)}."
+        return Refusal(f"unknown key.{hint}{more}", code="unknown_key", key=key)
+    if first["type"] == "missing":
+        return Refusal(f"is needed: {key}=...{more}", code="missing_key", key=key)
+    if first["type"] in _WORDS:
+        wanted = _WORDS[first["type"]]
+        return Refusal(f"should be {wanted}, not {first['input']!r}{more}", code="wrong_type", key=key)
+    message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return Refusal(f"{message}, not {first['input']!r}{more}", code="bad_value", key=key)
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    options = getattr(annotation, "__args__", (annotation,))
+    if getattr(annotation, "__origin__", None) is list:
+        return None
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

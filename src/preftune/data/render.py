@@ -1,0 +1,337 @@
+"""Groups -> token ids and spans: what of each response is scored, by one rule for text, chat and generation.
+
+Plain text: ids = tokenizer(prompt + response), with the tokenizer's own start token, plus the end token unless it is last
+already. Messages: the chat template applied to the whole conversation. The span of every response of a group starts at the
+same index: the smallest common prefix of the prompt's ids and the joined ids, so a token that straddles the boundary belongs
+to the response. It ends with the end-of-turn or end token, once; what the template writes after that is not scored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+from preftune.records import Comparison, Content, Finding, Group, Mark, Message, Origin
+
+log = logging.getLogger("preftune")
+
+TooLong = Literal["drop", "truncate_response", "truncate_prompt_start"]
+_CHUNK = 1024  # groups per tokenizer call: enough for its threads, little text held twice
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One response under its prompt. `mask` covers ids[start:], True = scored; None means all of it."""
+
+    group: int
+    response: int
+    ids: tuple[int, ...]
+    start: int
+    mask: tuple[bool, ...] | None = None
+
+    @property
+    def length(self) -> int:
+        """Scored tokens, the end token included."""
+        return sum(self.mask) if self.mask is not None else len(self.ids) - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rendered responses, in the order group, then response; `groups` are what is left after drops."""
+
+    groups: tuple[Group, ...]
+    sequences: tuple[Rendered, ...]
+    findings: tuple[Finding, ...] = ()
+    _first: tuple[int, ...] = field(default=(), repr=False)
+
+    def index(self, group: int, response: int) -> int:
+        """The place in `sequences` of a group's response."""
+        return self._first[group] + response
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+def render(
+    groups: Sequence[Group],
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    too_long: TooLong = "drop",
+    template: str | None = None,
+) -> Batch:
+    """Tokenizes every response under its prompt.
+
+    Args:
+        groups: as `preftune.read` gives them.
+        tokenizer: a transformers tokenizer.
+        max_length: most tokens of prompt plus response; None: no limit.
+        too_long: what happens to a response over it. `drop` removes the marks that need it (counted, one finding each);
+            `truncate_response` cuts its end, and then no end token stands there; `truncate_prompt_start` cuts the shared
+            prompt of the whole group from the left, keeping the start token.
+        template: None (the tokenizer's own, else `plain`, said), `plain`, or the path of a Jinja file.
+
+    Returns:
+        A Batch. Marks that could not be rendered are gone from its groups, each with one finding of severity `error`.
+    """
+    speaker = Speaker(tokenizer, template)
+    kept: list[Group] = []
+    sequences: list[Rendered] = []
+    first: list[int] = []
+    findings: list[Finding] = []
+    for at in range(0, len(groups), _CHUNK):
+        for group, rendered in speaker.render(groups[at : at + _CHUNK], findings):
+            rendered, faults = _fit_length(rendered, group, max_length, too_long, speaker.start_token)
+            group, rendered = _drop(group, rendered, faults, findings)
+            if group is None:
+                continue
+            first.append(len(sequences))
+            sequences += [replace(r, group=len(kept), response=n) for n, r in enumerate(rendered)]
+            kept.append(group)
+    return Batch(tuple(kept), tuple(sequences), tuple(findings), tuple(first))
+
+
+def render_prompts(groups: Iterable[Group], tokenizer: Any, *, template: str | None = None) -> list[tuple[int, ...]]:
+    """The ids of each group's prompt, ready to be continued: text as it stands, messages with generation prompt."""
+    return [Speaker(tokenizer, template).prompt(group) for group in groups]
+
+
+class Speaker:
+    """A tokenizer and the template it speaks: text and ids of prompts and conversations."""
+
+    def __init__(self, tokenizer: Any, template: str | None) -> None:
+        self.tokenizer = tokenizer
+        self.end_token: int | None = tokenizer.eos_token_id
+        self.start_token: int | None = tokenizer.bos_token_id
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        own = bool(getattr(tokenizer, "chat_template", None))
+        self.plain = template == "plain" or (template is None and not own)
+        self.unsaid_plain = template is None and not own
+        self.jinja = None if template in (None, "plain") else Path(template).read_text(encoding="utf-8")
+        self._blank: dict[int, bool] = {}
+        self._said: set[str] = set()
+
+    def say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            log.warning(line)
+
+    # -- text -------------------------------------------------------------------------------------------------------
+
+    def text(self, content: Content, group: Group, *, generation_prompt: bool) -> str:
+        """A prompt or conversation as the text that is tokenized."""
+        if isinstance(content, str):
+            return content
+        if not self.plain:
+            return self.tokenizer.apply_chat_template(
+                [m.as_dict() for m in content],
+                tools=list(group.tools) or None,
+                chat_template=self.jinja,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
+        if self.unsaid_plain:
+            self.say_once("the tokenizer has no chat template: messages are rendered with data.template=plain")
+        return plain(content, generation_prompt=generation_prompt)
+
+    def ids(self, texts: list[str], content: Content) -> list[list[int]]:
+        """A template writes its own start token; plain text gets the tokenizer's."""
+        own_start = isinstance(content, str) or self.plain
+        return self.tokenizer(texts, add_special_tokens=own_start, return_attention_mask=False, verbose=False)["input_ids"]
+
+    # -- prompts and responses ----------------------------------------------------------------------------------------
+
+    def prompt(self, group: Group) -> tuple[int, ...]:
+        ids = self.ids([self.text(group.prompt, group, generation_prompt=True)], group.prompt)[0]
+        while len(ids) > 1 and ids[-1] == self.end_token:  # some tokenizers end every text by themselves
+            ids.pop()
+        return tuple(ids) or self._first_token()
+
+    def render(self, groups: Sequence[Group], findings: list[Finding]) -> Iterable[tuple[Group, list[Rendered]]]:
+        """Every group with its rendered responses; a group that the template refuses gives findings instead."""
+        ready: list[Group] = []
+        texts: dict[bool, list[str]] = {True: [], False: []}  # by "is plain text"
+        for group in groups:
+            try:
+                written = [self.text(group.prompt, group, generation_prompt=True)]
+                written += [self.text(_join(group.prompt, r.content), group, generation_prompt=False) for r in group.responses]
+            except _template_errors() as error:
+                line = f"the chat template refuses this conversation: {str(error).splitlines()[0]}"
+                findings += [_finding(mark, "template_error", line) for mark in group.marks]
+                continue
+            ready.append(group)
+            texts[isinstance(group.prompt, str)] += written
+        ids = {kind: iter(self.ids(t, "" if kind else ()) if t else []) for kind, t in texts.items()}
+        for group in ready:
+            of_kind = ids[isinstance(group.prompt, str)]
+            prompt = next(of_kind)
+            yield group, self._spans(group, prompt, [next(of_kind) for _ in group.responses])
+
+    def _spans(self, group: Group, prompt: list[int], joined: list[list[int]]) -> list[Rendered]:
+        if not joined:
+            return []
+        start = min(_common_prefix(prompt, ids) for ids in joined)
+        lead: tuple[int, ...] = ()
+        if start == 0:  # nothing stands before the first scored token: something has to predict it
+            lead, start = self._first_token(), 1
+        rendered: list[Rendered] = []
+        for n, ids in enumerate(joined):
+            ended = lead + tuple(self._end(ids, start - len(lead), group.prompt))
+            rendered.append(Rendered(0, n, ended, start, self._mask(group, n, ended, start, lead)))
+        return rendered
+
+    def _first_token(self) -> tuple[int, ...]:
+        if self.start_token is not None:
+            return (self.start_token,)
+        if self.end_token is None:
+            return ()
+        self.say_once("a prompt without tokens and a tokenizer without start token: the end token stands first")
+        return (self.end_token,)
+
+    def _end(self, ids: list[int], start: int, prompt: Content) -> list[int]:
+        """ids up to and with the one end-of-turn or end token."""
+        if isinstance(prompt, str) or self.plain:
+            if self.end_token is None:
+                self.say_once("the tokenizer has no end token: responses are scored without one")
+            return ids if self.end_token is None or ids[-1] == self.end_token else [*ids, self.end_token]
+        end, tail = self._turn_end(ids, start)
+        if end is not None:
+            return ids[:end]
+        return ids[:tail] + ([] if self.end_token is None else [self.end_token])
+
+    def _turn_end(self, ids: Sequence[int], start: int) -> tuple[int | None, int]:
+        """(index after the first special token of the trailing run of special and blank tokens, start of that run)."""
+        tail = len(ids)
+        while tail > start + 1 and (ids[tail - 1] in self.special or self._is_blank(ids[tail - 1])):
+            tail -= 1
+        ends = [i + 1 for i in range(tail, len(ids)) if ids[i] in self.special]
+        return (ends[0] if ends else None), tail
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self.tokenizer.decode([token]).strip()
+        return self._blank[token]
+
+    def _mask(self, group: Group, n: int, ids: tuple[int, ...], start: int, lead: tuple[int, ...]) -> tuple[bool, ...] | None:
+        """A response of several messages is trained on the assistant's own turns; tool results are read, not learned."""
+        content = group.responses[n].content
+        if isinstance(content, str) or len(content) == 1:
+            return None
+        mask = [False] * (len(ids) - start)
+        for k, message in enumerate(content):
+            if message.role != "assistant":
+                continue
+            before = _join(group.prompt, content[:k])
+            begin = self._prefix(before, group, ids, lead, generation_prompt=True)
+            end = self._prefix(_join(before, content[k : k + 1]), group, ids, lead, generation_prompt=False)
+            turn_end = len(ids) if k + 1 == len(content) else self._turn_end(ids[:end], begin)[0] or end
+            for i in range(max(begin, start), turn_end):
+                mask[i - start] = True
+        return tuple(mask)
+
+    def _prefix(
+        self, content: Content, group: Group, ids: tuple[int, ...], lead: tuple[int, ...], *, generation_prompt: bool
+    ) -> int:
+        text = self.text(content, group, generation_prompt=generation_prompt)
+        return len(lead) + _common_prefix(self.ids([text], content)[0], ids[len(lead) :])
+
+
+def plain(messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+    """Messages as the dialogue text of the HH data: a blank line, the speaker, a colon, the words."""
+    names = {"user": "Human", "assistant": "Assistant"}
+    lines = [
+        m.content if m.role == "system" else f"\n\n{names.get(m.role, m.role.capitalize())}: {m.content}" for m in messages
+    ]
+    return "".join(lines) + ("\n\nAssistant:" if generation_prompt else "")
+
+
+def _join(prompt: Content, response: Content) -> Content:
+    if isinstance(prompt, str):
+        assert isinstance(response, str), "readers pair text with text and messages with messages"
+        return prompt + response
+    assert not isinstance(response, str)
+    return (*prompt, *response)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    from jinja2.exceptions import TemplateError
+
+    return (TemplateError, TypeError, KeyError)
+
+
+# -- length ---------------------------------------------------------------------------------------------------------
+
+
+def _fit_length(
+    rendered: list[Rendered], group: Group, limit: int | None, too_long: TooLong, start_token: int | None
+) -> tuple[list[Rendered], dict[int, str]]:
+    """The responses within the limit, and for each one that cannot be, the reason."""
+    over = [r for r in rendered if limit is not None and len(r.ids) > limit]
+    if limit is None or not over:
+        return rendered, {}
+    if too_long == "drop":
+        return rendered, {r.response: f"{len(r.ids)} tokens, over max_length {limit}" for r in over}
+    if too_long == "truncate_response":
+        faults = {r.response: f"the prompt alone fills max_length {limit}" for r in over if r.start >= limit}
+        return [_cut_end(r, limit) if r.start < limit else r for r in rendered], faults
+    keep = 1 if start_token is not None and rendered[0].ids[0] == start_token else 0
+    room = limit - max(keep, 1)  # at least one token has to stand before the response
+    faults = {r.response: f"the response alone fills max_length {limit}" for r in rendered if len(r.ids) - r.start > room}
+    excess = max((len(r.ids) - limit for r in rendered if r.response not in faults), default=0)
+    if excess <= 0:
+        return rendered, faults
+    cut = [replace(r, ids=r.ids[:keep] + r.ids[keep + excess :], start=r.start - excess) for r in rendered]
+    return cut, faults
+
+
+def _cut_end(r: Rendered, limit: int) -> Rendered:
+    return replace(r, ids=r.ids[:limit], mask=None if r.mask is None else r.mask[: limit - r.start])
+
+
+def _drop(
+    group: Group, rendered: list[Rendered], faults: dict[int, str], findings: list[Finding]
+) -> tuple[Group | None, list[Rendered]]:
+    """Removes the marks that need a faulty response, then the responses that no mark needs any more."""
+    reasons: list[tuple[Mark, str, str]] = []
+    for mark in group.marks:
+        faulty = [i for i in mark.responses if i in faults]
+        if faulty:
+            reasons.append((mark, "too_long", faults[faulty[0]]))
+        elif isinstance(mark, Comparison) and rendered[mark.a].ids == rendered[mark.b].ids:
+            reasons.append((mark, "identical_tokens", "both answers have the same tokens: nothing to learn from"))
+        elif any(rendered[i].length == 0 for i in mark.responses):
+            reasons.append((mark, "empty_answer", "no token of the answer is left to score"))
+    if not reasons and not faults:
+        return group, rendered
+    findings += [_finding(mark, code, line) for mark, code, line in reasons]
+    gone = {id(mark) for mark, _, _ in reasons}
+    marks = [mark for mark in group.marks if id(mark) not in gone]
+    if group.marks:
+        lost = {i for mark, _, _ in reasons for i in mark.responses} | set(faults)
+        needed = {i for mark in marks for i in mark.responses}
+        order = [i for i in range(len(rendered)) if i in needed or i not in lost]
+    else:
+        order = [i for i in range(len(rendered)) if i not in faults]
+    if not order:
+        return None, []
+    place = {old: new for new, old in enumerate(order)}
+    trimmed = replace(
+        group,
+        responses=tuple(group.responses[i] for i in order),
+        marks=tuple(mark.moved(place.__getitem__) for mark in marks),
+    )
+    return trimmed, [rendered[i] for i in order]
+
+
+def _finding(mark: Mark, code: str, message: str) -> Finding:
+    origin = mark.origin or Origin("", 0, "")
+    return Finding(code, "error", message, origin.file, origin.row or None, origin.column or None)

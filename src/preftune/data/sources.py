@@ -1,0 +1,134 @@
+"""What a user names as data (paths, folders, hub names, Datasets, rows, Groups) as streams of numbered rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from preftune.data.dialogue import is_list, is_object
+from preftune.data.faults import RowFault
+from preftune.data.formats import recognise
+from preftune.data.hub import dataset_rows, is_dataset, is_hub_name, is_saved, load_hub, load_saved
+from preftune.data.options import DataOptions, Source
+from preftune.data.readers import kind_of, read_rows
+from preftune.errors import Refusal, nearest
+from preftune.records import Group
+
+Item = dict[str, Any] | RowFault | Group
+Rows = Iterable[tuple[int, Item]]
+
+
+@dataclass
+class Stream:
+    """Numbered rows of one file (or Dataset, or list) and what the user said about them."""
+
+    name: str
+    rows: Rows
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def streams(sources: Any, options: DataOptions) -> Iterator[Stream]:
+    """Streams of all sources in order; each is to be read before the next is asked for."""
+    items = list(sources) if is_list(sources) else [sources]
+    if not items:
+        raise Refusal("no data is given: name a file, a folder, a hub name, or rows", code="no_data", key="data.sources")
+    for kind, alike in groupby(items, key=_kind):
+        if kind in ("rows", "groups"):
+            numbered = enumerate(cast("Iterable[Item]", alike), start=1)
+            yield from _limited([Stream(kind, numbered)], Source(path=kind), options)
+            continue
+        for item in alike:
+            if kind == "dataset":
+                source = Source(path=kind)
+                found = iter([Stream(kind, dataset_rows(item, options.split, kind))])
+            else:
+                source = item if isinstance(item, Source) else _source(item)
+                found = _found(source, source.split or options.split)
+            yield from _limited(found, source, options)
+
+
+def _kind(item: object) -> str:
+    if isinstance(item, (str, Path, Source)):
+        return "path"
+    if isinstance(item, Group):
+        return "groups"
+    if is_dataset(item):
+        return "dataset"
+    if is_object(item):
+        return "path" if "path" in item and recognise(item) is None else "rows"
+    what = f"a {type(item).__name__} is no data: give paths, hub names, rows (dict), Datasets or Groups"
+    raise Refusal(what, code="unknown_source")
+
+
+def _source(item: object) -> Source:
+    if not is_object(item):
+        return Source(path=str(item))
+    try:
+        return Source.model_validate(item)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key, what = ".".join(map(str, first["loc"])), first["msg"]
+        if first["type"] == "extra_forbidden":
+            what = f"unknown key.{nearest(key, Source.model_fields)} Known: {', '.join(Source.model_fields)}"
+        raise Refusal(what, code="bad_option", key=f"data.sources.{key}") from None
+
+
+def _limited(found: Iterable[Stream], source: Source, options: DataOptions) -> Iterator[Stream]:
+    """The source's options on its streams, and its limit over all of them together."""
+    left = source.limit or options.limit
+
+    def cut(rows: Rows) -> Iterator[tuple[int, Item]]:
+        nonlocal left
+        for row in rows:
+            yield row
+            if left is not None:
+                left -= 1
+                if not left:
+                    return
+
+    for stream in found:
+        columns = source.columns or options.columns
+        yield Stream(stream.name, cut(stream.rows), source.format or options.format, columns)
+        if left == 0:
+            return
+
+
+def _found(source: Source, split: str | None) -> Iterator[Stream]:
+    """A path that exists wins over a hub name."""
+    name, path = source.path, Path(source.path).expanduser()
+    if path.is_dir() and name:
+        if is_saved(path):
+            yield Stream(name, dataset_rows(load_saved(path, name), split, name))
+            return
+        for file in _data_files(path, name):
+            shown = str(Path(name) / file.name)
+            yield Stream(shown, read_rows(file, shown))
+    elif path.exists() and name:
+        if source.split:
+            raise Refusal("a file has no splits: leave out split", code="unknown_split", file=name)
+        yield Stream(name, read_rows(path, name))
+    elif is_hub_name(name) and not kind_of(path):
+        yield Stream(name, dataset_rows(load_hub(name, split), split, name))
+    else:
+        raise Refusal(_missing(path), code="not_found", file=name)
+
+
+def _data_files(folder: Path, name: str) -> list[Path]:
+    """Data files of a folder, sorted; .txt only where there is nothing else, since it is mostly a licence or a note."""
+    known = sorted(p for p in folder.iterdir() if p.is_file() and kind_of(p) and not p.name.startswith("."))
+    files = [p for p in known if kind_of(p) != "txt"] or known
+    if not files:
+        raise Refusal("the folder holds no data files, nor a saved data set", code="not_found", file=name)
+    return files
+
+
+def _missing(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"no such file: there is no folder {path.parent}"
+    return f"no such file.{nearest(path.name, [p.name for p in path.parent.iterdir()])}"

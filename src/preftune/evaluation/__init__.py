@@ -1,0 +1,1 @@
+"""Evaluation: held-out accuracy, win rates and KL, each with its interval."""

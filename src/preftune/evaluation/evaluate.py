@@ -1,0 +1,128 @@
+"""preftune.evaluate: a model on judged data, with models and rows in hand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from preftune import methods
+from preftune.data.render import Batch, TooLong, render, render_prompts
+from preftune.errors import Refusal
+from preftune.evaluation.held_out import held_out, needed_rows
+from preftune.evaluation.intervals import mean_interval
+from preftune.evaluation.kl import kl_per_response
+from preftune.evaluation.win_rate import Scorer, judge, win_rate
+from preftune.generation.sample import Sample, Sampling, sample
+from preftune.models.load import check_tokenizer, max_positions
+from preftune.records import Group
+from preftune.scoring.score import score_logp
+
+log = logging.getLogger("preftune")
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    groups: Sequence[Group] | Batch,
+    *,
+    reference: Any = None,
+    method: str | None = None,
+    beta: float = 0.1,
+    max_length: int | None = None,
+    too_long: TooLong = "drop",
+    template: str | None = None,
+    kl_samples: int = 64,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Held-out figures of a model.
+
+    Args:
+        model, tokenizer: a causal language model of transformers (or peft) and its tokenizer.
+        groups: from `preftune.read`, or already rendered.
+        reference: the model that log-ratios, accuracy, loss and KL are taken against; None: those are None.
+        method: whose loss is reported; None: by the kind of marks.
+        kl_samples: prompts that one response each is sampled for, to measure the KL; 0: no KL.
+
+    Returns:
+        `comparisons, demonstrations, prompts, accuracy, accuracy_interval, logp_accuracy, logp_accuracy_interval, margin
+        (nats, without beta), loss, kl (nats per response), kl_samples, kl_interval, method, beta`, and `perplexity` for sft.
+
+    Raises:
+        Refusal: data without marks for the method, or vocabularies that do not fit.
+    """
+    check_tokenizer(model, tokenizer, reference)
+    if isinstance(groups, Batch):
+        batch = groups
+    else:
+        limit = max_length or max_positions(model)
+        batch = render(groups, tokenizer, max_length=limit, too_long=too_long, template=template)
+    name = methods.choose(methods.check_name(method) if method else None, list(batch.groups))
+    chosen = methods.make(name, beta=beta)
+    rows = needed_rows(batch, chosen)
+    policy_logp = score_logp(model, batch, rows)
+    reference_logp = None if reference is None else score_logp(reference, batch, rows)
+    used_beta = beta if chosen.needs_reference else None
+    result = held_out(batch, chosen, policy_logp, reference_logp, beta=used_beta, seed=seed)
+    if reference is None or not kl_samples:
+        return result
+    samples = sample_prompts(
+        model, tokenizer, batch.groups[:kl_samples], template=template, max_new_tokens=max_new_tokens, seed=seed
+    )
+    values = kl_per_response(model, reference, samples)
+    found = mean_interval(values, range(len(values)), seed=seed)
+    return result | ({"kl": found[0], "kl_samples": len(values), "kl_interval": found[1]} if found else {})
+
+
+def compare(
+    model: Any,
+    against: Any,
+    tokenizer: Any,
+    groups: Sequence[Group],
+    scorer: Scorer,
+    *,
+    name: str,
+    against_tokenizer: Any = None,
+    template: str | None = None,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Win rate of one sample of each model per prompt under a scoring function; both sample with the same seed.
+
+    Returns:
+        `prompts, win_rate, win_rate_interval, wins, ties, losses, length, length_against` (mean new tokens), `scorer`.
+    """
+    how = {"template": template, "max_new_tokens": max_new_tokens, "seed": seed}
+    ours = sample_prompts(model, tokenizer, groups, **how)
+    theirs = sample_prompts(against, against_tokenizer or tokenizer, groups, **how)
+    both = sorted({s.prompt_index for s in ours} & {s.prompt_index for s in theirs})
+    place = [{s.prompt_index: s for s in side} for side in (ours, theirs)]
+    prompts = [prompt_text(groups[n]) for n in both]
+    values = [judge(scorer, prompts, [side[n].text for n in both], name) for side in place]
+    lengths = [sum(len(side[n].ids) for n in both) / max(len(both), 1) for side in place]
+    result = win_rate(values[0], values[1], seed=seed)
+    return result | {"length": lengths[0], "length_against": lengths[1], "scorer": name}
+
+
+def sample_prompts(
+    model: Any, tokenizer: Any, groups: Sequence[Group], *, template: str | None, max_new_tokens: int, seed: int
+) -> list[Sample]:
+    """One response per prompt at temperature 1. Prompts that leave no room for one are left out, and that is said."""
+    ids = render_prompts(groups, tokenizer, template=template)
+    limit = max_positions(model)
+    fits = [n for n, p in enumerate(ids) if limit is None or len(p) < limit]
+    if len(fits) < len(ids):
+        log.warning(f"{len(ids) - len(fits):,} of {len(ids):,} prompts fill the model's {limit:,} positions: left out")
+    if not fits:
+        raise Refusal("no prompt leaves room for a response", code="prompts_too_long", key="prompts")
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - max(len(ids[n]) for n in fits))
+    found = sample(model, tokenizer, [ids[n] for n in fits], Sampling(max_new_tokens=room, seed=seed))
+    return [Sample(fits[s.prompt_index], s.sample, s.prompt_ids, s.ids, s.text, s.finish) for s in found]
+
+
+def prompt_text(group: Group) -> str:
+    """A prompt as a scorer sees it: the text, or the turns as a dialogue."""
+    if isinstance(group.prompt, str):
+        return group.prompt
+    return "\n\n".join(f"{m.role}: {m.content}" for m in group.prompt)

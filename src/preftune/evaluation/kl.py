@@ -1,0 +1,56 @@
+"""KL(policy || reference): exact at every step of responses that the policy sampled itself, at temperature 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from preftune.generation.sample import Sample
+from preftune.scoring.plan import pack
+from preftune.scoring.score import default_budget, evaluation_mode
+
+
+def kl_per_response(
+    policy: Any, reference: Any | None, samples: Sequence[Sample], *, without_adapter: bool = False
+) -> list[float]:
+    """sum over the steps t of one sampled response of KL(policy(. | x, y_<t) || reference(. | x, y_<t)), in nats.
+
+    Its mean over samples estimates the KL between the two distributions over whole responses: the chain rule, with the
+    expectation over prefixes taken by sampling and the one over the next token exactly.
+
+    Args:
+        policy: the model that sampled.
+        reference: another model of the same vocabulary; None with `without_adapter`: the policy's base.
+        samples: from `generation.sample` at temperature 1, no top_k, no top_p.
+
+    Returns:
+        One value per sample, in their order.
+    """
+    from preftune.models.adapters import adapter_off
+
+    other = policy if without_adapter else reference
+    values = [0.0] * len(samples)
+    ids = [list(s.prompt_ids) + list(s.ids) for s in samples]
+    with torch.no_grad(), evaluation_mode(policy), evaluation_mode(other):
+        for rows in pack([len(i) for i in ids], default_budget(policy) // 2):
+            log_p = _log_probabilities(policy, [ids[r] for r in rows], nullcontext())
+            off = adapter_off(policy) if without_adapter else nullcontext()
+            log_q = _log_probabilities(other, [ids[r] for r in rows], off)
+            per_step = (log_p.exp() * (log_p - log_q)).sum(-1)
+            for n, r in enumerate(rows):
+                begin, end = len(samples[r].prompt_ids) - 1, len(ids[r]) - 1
+                values[r] = float(per_step[n, begin:end].sum())
+    return values
+
+
+def _log_probabilities(model: Any, ids: list[list[int]], mode: AbstractContextManager[None]) -> torch.Tensor:
+    device = next(model.parameters()).device
+    longest = max(map(len, ids))
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
+    real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
+    with mode:
+        logits = model(input_ids=padded, attention_mask=real, use_cache=False).logits
+    return torch.log_softmax(logits.float(), -1)

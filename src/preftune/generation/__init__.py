@@ -1,0 +1,1 @@
+"""Generation: samples from a model, seeded."""

@@ -1,0 +1,111 @@
+"""Samples through transformers' own `generate`, in batches of like length, seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from preftune.scoring.score import evaluation_mode
+
+_TOKENS = 2**14  # prompt and new tokens of one batch
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
+
+    samples: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    beams: int = 1
+    max_new_tokens: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One continuation. `ids` are the new tokens, the end token included where the model gave one."""
+
+    prompt_index: int
+    sample: int
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+    finish: Literal["stop", "length"]
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    progress: Callable[[int], None] | None = None,
+    streamer: Any = None,
+) -> list[Sample]:
+    """Continues every prompt `sampling.samples` times; in the order prompt, then sample. A `streamer` of transformers gets
+    the tokens as they come (one prompt at a time).
+
+    The result depends on the seed and on the prompts together, not on the state of torch's generator, which is left as
+    it was.
+    """
+    jobs = sorted(
+        ((p, k) for p in range(len(prompts)) for k in range(sampling.samples)),
+        key=lambda job: (len(prompts[job[0]]), job),
+    )
+    ends = end_tokens(model, tokenizer)
+    found: dict[tuple[int, int], Sample] = {}
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluation_mode(model):
+        torch.manual_seed(sampling.seed)
+        while jobs:
+            count = max(1, _TOKENS // ((len(prompts[jobs[0][0]]) + sampling.max_new_tokens) * sampling.beams))
+            rows, jobs = jobs[:count], jobs[count:]
+            for job, ids in zip(rows, _generate(model, [prompts[p] for p, _ in rows], sampling, ends, streamer), strict=True):
+                finish = "stop" if ids and ids[-1] in ends else "length"
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                found[job] = Sample(job[0], job[1], tuple(prompts[job[0]]), tuple(ids), text, finish)
+            if progress:
+                progress(len(rows))
+    return [found[key] for key in sorted(found)]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a turn: the tokenizer's end token and those of the model's generation config."""
+    own = getattr(model, "generation_config", None)
+    listed = getattr(own, "eos_token_id", None)
+    ends = [listed] if isinstance(listed, int) else list(listed or [])
+    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+
+
+def _generate(model: Any, prompts: Sequence[Sequence[int]], how: Sampling, ends: list[int], streamer: Any) -> list[list[int]]:
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    device = next(model.parameters()).device
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    real = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    sampled = how.temperature > 0 and how.beams == 1
+    drawing = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p} if sampled else {}
+    config = GenerationConfig(
+        do_sample=sampled,
+        num_beams=how.beams,
+        max_new_tokens=how.max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        **drawing,
+    )
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=real, generation_config=config, streamer=streamer)
+    return [_until_end(row, ends) for row in out[:, longest:].tolist()]
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    for n, token in enumerate(ids):
+        if token in ends:
+            return ids[: n + 1]
+    return ids

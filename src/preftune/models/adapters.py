@@ -1,0 +1,62 @@
+"""Adapters through peft: adding one, switching it off for the reference, merging it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from preftune.errors import Refusal
+from preftune.models.options import AdapterOptions
+
+
+def is_adapter(model: Any) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def add_lora(model: Any, options: AdapterOptions, *, seed: int) -> Any:
+    """A peft model whose LoRA starts at zero: it computes exactly what `model` does. Only the adapter trains."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.r,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft divides by r: a fraction is fine
+        lora_dropout=options.dropout,
+        target_modules=options.target_modules or "all-linear",
+    )
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Linear" in type(module).__name__}
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # A starts random, B at zero
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise Refusal(
+            f"no layer of the model is named {', '.join(options.target_modules)}; its linear layers: {', '.join(sorted(names))}",
+            code="no_target_modules",
+            key="adapter.target_modules",
+        ) from error
+
+
+def trainable_adapter(model: Any) -> Any:
+    """Switches the gradients of a loaded adapter on."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+    return model
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The base model for the time of the call, with the gradients of exactly the same parameters on afterwards."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    with model.disable_adapter():
+        yield
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def merged(model: Any) -> Any:
+    """The plain model with the adapter folded into its weights."""
+    return model.merge_and_unload()

@@ -1,0 +1,124 @@
+"""What a model folder says about itself, read from its JSON files: for refusals before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preftune.errors import Refusal
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Facts of a local folder. `folder` is None for a hub name, of which nothing is known before it is fetched."""
+
+    ref: str
+    folder: Path | None = None
+    adapter: bool = False
+    vocab_size: int | None = None
+    tokens: dict[str, int] | None = None  # token -> id, where a tokenizer.json is there
+
+
+def resolve(ref: str, key: str) -> str:
+    """A model reference as transformers takes it: a run folder stands for its model/.
+
+    Raises:
+        Refusal: a path that is not there, or a folder without a model in it.
+    """
+    path = Path(ref)
+    if path.is_dir():
+        if (path / "config.yaml").is_file() and not _is_model(path):
+            path = path / "model"
+            if not _is_model(path):
+                raise Refusal(
+                    f"{ref} is a run without a finished model; look for a folder in {ref}/checkpoints",
+                    code="unfinished_run",
+                    key=key,
+                )
+        if not _is_model(path):
+            raise Refusal(f"{ref} holds no model (no config.json, no adapter_config.json)", code="no_model", key=key)
+        return str(path)
+    if path.exists():
+        raise Refusal(f"{ref} is a file; a model is a folder or a hub name", code="no_model", key=key)
+    parts = ref.split("/")
+    if len(parts) != 2 or not all(parts) or ref.startswith((".", "~")) or ref.endswith(DATA_SUFFIXES):
+        raise Refusal(f"there is no folder {ref}{_near(path)}", code="missing_model", key=key)
+    return ref
+
+
+def facts(ref: str, key: str) -> Facts:
+    """Reads what can be known of a resolved reference without loading it."""
+    folder = Path(ref)
+    if not folder.is_dir():
+        return Facts(ref)
+    if (folder / "adapter_config.json").is_file():
+        base = _json(folder / "adapter_config.json", key).get("base_model_name_or_path") or ""
+        known = facts(base, key) if Path(base).is_dir() else Facts(base)
+        return Facts(ref, folder, True, known.vocab_size, _tokens(folder, key) or known.tokens)
+    config = _json(folder / "config.json", key)
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return Facts(ref, folder, False, size, _tokens(folder, key))
+
+
+def check_vocabulary(policy: Facts, reference: Facts | None = None) -> None:
+    """Refuses a tokenizer with ids that the model has no row for, and a reference that reads other tokens."""
+    if policy.tokens and policy.vocab_size and max(policy.tokens.values()) >= policy.vocab_size:
+        raise Refusal(
+            f"the tokenizer in {policy.ref} has ids up to {max(policy.tokens.values()):,}, and its model a vocabulary of "
+            f"{policy.vocab_size:,}: they do not belong together",
+            code="vocabulary_mismatch",
+            key="model",
+        )
+    if reference is None:
+        return
+    if policy.tokens is not None and reference.tokens is not None:
+        same = policy.tokens == reference.tokens
+    else:
+        same = None in (policy.vocab_size, reference.vocab_size) or policy.vocab_size == reference.vocab_size
+    if not same:
+        raise Refusal(
+            f"the policy {policy.ref} and the reference {reference.ref} have different vocabularies "
+            f"({_size(policy)} and {_size(reference)} tokens): log-ratios of their tokens mean nothing",
+            code="vocabulary_mismatch",
+            key="reference",
+        )
+
+
+def _size(known: Facts) -> str:
+    size = len(known.tokens) if known.tokens is not None else known.vocab_size
+    return f"{size:,}" if size is not None else "unknown"
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+
+
+def _tokens(folder: Path, key: str) -> dict[str, int] | None:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    data = _json(folder / "tokenizer.json", key)
+    vocab = data.get("model", {}).get("vocab") or {}
+    if isinstance(vocab, list):  # unigram models list [piece, score]
+        vocab = {piece[0]: n for n, piece in enumerate(vocab)}
+    return {**vocab, **{token["content"]: token["id"] for token in data.get("added_tokens", [])}}
+
+
+def _json(path: Path, key: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"cannot be read as JSON: {error}", code="bad_model_file", file=str(path), key=key) from error
+
+
+def _near(path: Path) -> str:
+    try:
+        names = [p.name for p in path.parent.iterdir()]
+    except OSError:
+        return f", nor a folder {path.parent}"
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f". Did you mean {path.parent / close[0]}?" if close else ""

@@ -1,0 +1,134 @@
+"""Loading and saving: plain models, adapters over a base, and the folders that a run leaves behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from preftune.errors import Refusal
+from preftune.models.inspect import facts, resolve
+
+
+def device() -> torch.device:
+    """CUDA where there is one, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_tokenizer(ref: str, *, key: str = "model", trust_remote_code: bool = False) -> Any:
+    path = resolve(ref, key)
+    with _refusing(ref, "tokenizer", key):
+        known = facts(path, key)
+        if known.adapter and not (Path(path) / "tokenizer_config.json").is_file():
+            path = _base(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def load_model(ref: str, *, dtype: torch.dtype = torch.float32, key: str = "model", trust_remote_code: bool = False) -> Any:
+    """A causal language model in evaluation mode, on the best device. An adapter folder gives its peft model."""
+    path = resolve(ref, key)
+    adapter = facts(path, key).adapter
+    with _refusing(ref, "model", key), _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            _base(path) if adapter else path, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        if adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, path)
+    return model.to(device()).eval()
+
+
+def _base(path: str) -> str:
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:
+        raise Refusal(f"{path}/adapter_config.json names no base model", code="bad_model_file", key="model")
+    return base
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes a folder that transformers loads (peft, for an adapter), aside and then renamed: never half there."""
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()} if dtype else None
+    with _quiet():
+        model.save_pretrained(aside, state_dict=state)
+    tokenizer.save_pretrained(aside)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(aside, folder)
+
+
+def max_positions(model: Any) -> int | None:
+    """Longest sequence the model has positions for, where its config says so."""
+    return _positions(model.config)
+
+
+def _positions(config: Any) -> int | None:
+    config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    return None
+
+
+def positions_of(ref: str, *, trust_remote_code: bool = False) -> int | None:
+    """The same from the config alone, before the weights are loaded."""
+    path = resolve(ref, "model")
+    with _refusing(ref, "config", "model"):
+        base = _base(path) if facts(path, "model").adapter else path
+        return _positions(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code))
+
+
+def check_tokenizer(model: Any, tokenizer: Any, reference: Any = None) -> None:
+    """Refuses a tokenizer with ids that the model has no row for, and a reference with another vocabulary."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > size:
+        raise Refusal(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model a vocabulary of {size:,}: they do not belong together",
+            code="vocabulary_mismatch",
+            key="tokenizer",
+        )
+    other = size if reference is None else reference.get_input_embeddings().weight.shape[0]
+    if other != size:
+        raise Refusal(
+            f"the policy has a vocabulary of {size:,} and the reference one of {other:,}: log-ratios of their tokens mean nothing",
+            code="vocabulary_mismatch",
+            key="reference",
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress bars of other libraries hide our own lines."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _refusing(ref: str, what: str, key: str) -> Iterator[None]:
+    """Turns what the loaders raise for a bad folder or name into one line."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise Refusal(f"the {what} of {ref} cannot be loaded: {first}", code="cannot_load", key=key) from error

@@ -1,0 +1,170 @@
+"""The nouns: plain records that every room shares. No torch in here.
+
+A Group is one prompt with its distinct responses, and the Marks are people's judgements of them. `chosen` and `rejected`
+are not stored: they are derived from a Comparison at the last moment (`Comparison.ordered`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `extra` keeps what a chat template may ask for (tool calls, name, reasoning)."""
+
+    role: str
+    content: str
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that chat templates take."""
+        return {"role": self.role, "content": self.content, **self.extra}
+
+
+# Plain text, or the turns of a conversation. A plain prompt goes with plain responses; conversations with messages.
+Content = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a response was read: rows count records from 1."""
+
+    file: str
+    row: int
+    column: str
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One answer. `origins` lists every place it was read from; `id` is a digest of its content."""
+
+    content: Content
+    origins: tuple[Origin, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return digest(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class By:
+    """Who judged, and how: whatever the data says about it. Empty fields were not said."""
+
+    who: str = ""
+    kind: Literal["person", "model", "rule", ""] = ""
+    time: str = ""
+    side: Literal["a", "b", ""] = ""
+    strength: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`preference` is the probability, in [0, 1], that response `a` is better than `b`; 0.5 is a tie."""
+
+    a: int
+    b: int
+    preference: float = 1.0
+    weight: float = 1.0
+    by: By | None = None
+    origin: Origin | None = None
+
+    @property
+    def ordered(self) -> tuple[int, int, float]:
+        """(chosen, rejected, probability that chosen is better): the likelier winner first, ties as they stand."""
+        if self.preference < 0.5:
+            return self.b, self.a, 1.0 - self.preference
+        return self.a, self.b, self.preference
+
+    @property
+    def responses(self) -> tuple[int, ...]:
+        return self.a, self.b
+
+    def moved(self, place: Callable[[int], int]) -> Self:
+        """The same judgement where responses stand at other indices."""
+        return replace(self, a=place(self.a), b=place(self.b))
+
+
+@dataclass(frozen=True, slots=True)
+class Rating:
+    """One response judged alone: desirable or not."""
+
+    response: int
+    desirable: bool
+    weight: float = 1.0
+    by: By | None = None
+    origin: Origin | None = None
+
+    @property
+    def responses(self) -> tuple[int, ...]:
+        return (self.response,)
+
+    def moved(self, place: Callable[[int], int]) -> Self:
+        return replace(self, response=place(self.response))
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A response to imitate."""
+
+    response: int
+    weight: float = 1.0
+    by: By | None = None
+    origin: Origin | None = None
+
+    @property
+    def responses(self) -> tuple[int, ...]:
+        return (self.response,)
+
+    def moved(self, place: Callable[[int], int]) -> Self:
+        return replace(self, response=place(self.response))
+
+
+Mark = Comparison | Rating | Demonstration
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt and its distinct responses, with the marks that judge them (by index into `responses`)."""
+
+    prompt: Content
+    responses: tuple[Response, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    tools: tuple[Any, ...] = ()
+    user_id: str = ""
+
+    @property
+    def id(self) -> str:
+        """The user's id, or a digest of the prompt: the same across files, row order and machines."""
+        return self.user_id or digest(self.prompt, self.tools)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something the data check has to say about one place. `error` rows are dropped, and counted."""
+
+    code: str
+    severity: Severity
+    message: str
+    file: str = ""
+    row: int | None = None
+    column: str | None = None
+
+    def __str__(self) -> str:
+        place = self.file + (f", row {self.row}" if self.row is not None else "")
+        place += f", column {self.column}" if self.column else ""
+        return f"{place}: {self.message}" if place else self.message
+
+
+def digest(content: Content, tools: tuple[Any, ...] = ()) -> str:
+    """20 hexadecimal digits (80 bits) of SHA-256 over the content's canonical JSON."""
+    plain: Any = content if isinstance(content, str) else [m.as_dict() for m in content]
+    text = json.dumps([plain, list(tools)] if tools else plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]

@@ -1,0 +1,12 @@
+"""The report of a run: one page that opens anywhere, and the same curves as pictures. No torch in here.
+
+folder   reads the run folder's files as they are, and says what is missing
+curves   which charts exist (one table), and their points
+svg, png draw a chart for the page, and for papers and chats
+words    figures as people write them, and the verdict in one sentence
+page     puts the page together; page.html is its template
+"""
+
+from preftune.report.page import verdict, write
+
+__all__ = ["verdict", "write"]

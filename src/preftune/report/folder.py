@@ -1,0 +1,118 @@
+"""A run folder's files, read as they stand: a run may have been interrupted, so any of them may be absent or torn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+# What the page cannot show without each file. demo.json is not here: only a demo has one.
+WITHOUT = {
+    "metrics.jsonl": "no curves",
+    "evaluation.json": "no held-out figures before and after",
+    "data.json": "no summary of the data",
+    "samples.jsonl": "no answers before and after",
+    "environment.json": "no versions, device or times",
+    "config.yaml": "no settings",
+}
+# A demo run says these things in demo.json, so their absence is nothing to remark on.
+SAID_BY_DEMO = ("evaluation.json", "samples.jsonl")
+
+
+@dataclass(slots=True)
+class RunFiles:
+    """What was found. `remarks` says, a sentence each, what was missing or could not be read."""
+
+    path: Path
+    config: str = ""
+    metrics: list[Json] = field(default_factory=list[Json])
+    evaluation: Json = field(default_factory=dict[str, Any])
+    data: Json = field(default_factory=dict[str, Any])
+    samples: list[Json] = field(default_factory=list[Json])
+    environment: Json = field(default_factory=dict[str, Any])
+    demo: Json = field(default_factory=dict[str, Any])
+    remarks: list[str] = field(default_factory=list[str])
+
+
+def read(run: Path) -> RunFiles:
+    """Reads the folder `run`. Never fails for a file that is absent or damaged: it is remarked on instead."""
+    files = RunFiles(run)
+
+    def take(name: str, parse: Callable[[str], T], empty: T) -> T:
+        try:
+            return parse((run / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if name in WITHOUT and not (name in SAID_BY_DEMO and files.demo):
+                files.remarks.append(f"{name} is missing: {WITHOUT[name]}.")
+        except (OSError, ValueError) as error:
+            files.remarks.append(f"{name} could not be read ({error}): {WITHOUT.get(name, 'it is left out')}.")
+        return empty
+
+    def lines(name: str) -> list[Json]:
+        found, torn = take(name, _json_lines, ([], []))
+        if torn:
+            places = ", ".join(str(number) for number in torn[:5]) + (", ..." if len(torn) > 5 else "")
+            files.remarks.append(f"{name}: unreadable and left out: line {places} ({len(torn):,} in all).")
+        return found
+
+    files.demo = take("demo.json", _json_object, {})
+    files.metrics = lines("metrics.jsonl")
+    files.evaluation = take("evaluation.json", _json_object, {})
+    files.data = take("data.json", _json_object, {})
+    files.samples = lines("samples.jsonl")
+    files.environment = take("environment.json", _json_object, {})
+    files.config = take("config.yaml", str, "")
+    return files
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for everything else (absent, null, NaN, infinite, a word, a truth value)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def pair(value: object) -> tuple[float, float] | None:
+    """An interval: two finite numbers, or None."""
+    ends = [number(end) for end in cast(list[object], value)] if isinstance(value, list) else []
+    if len(ends) != 2 or ends[0] is None or ends[1] is None:
+        return None
+    return ends[0], ends[1]
+
+
+def mapping(value: object) -> Json:
+    """The value where it is a JSON object, else an empty one."""
+    return cast(Json, value) if isinstance(value, dict) else {}
+
+
+def objects(value: object) -> list[Json]:
+    """The JSON objects of a list, else an empty list."""
+    items = cast(list[object], value) if isinstance(value, list) else []
+    return [cast(Json, item) for item in items if isinstance(item, dict)]
+
+
+def _json_object(text: str) -> Json:
+    found: object = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return cast(Json, found)
+
+
+def _json_lines(text: str) -> tuple[list[Json], list[int]]:
+    """The objects of a JSONL text, and which lines (from 1) hold none: a killed run tears its last line."""
+    found: list[Json] = []
+    torn: list[int] = []
+    for position, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(_json_object(line))
+        except ValueError:
+            torn.append(position)
+    return found, torn

@@ -1,0 +1,103 @@
+"""The page: the run's files in, report.html and the pictures out."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from preftune.report import curves, folder, png, svg, tables, verdicts
+
+
+def write(run: Path) -> Path:
+    """Writes `report.html` and `plots/*.png` into the run folder and returns the page's path.
+
+    Whatever the folder lacks is said on the page. The page needs no network and no script.
+    """
+    files = folder.read(run)
+    page = render(files)
+    plots = _plots(files)
+    if plots:
+        (run / "plots").mkdir(exist_ok=True)
+    for plot in plots:
+        _put(run / "plots" / f"{plot.name}.png", png.draw(plot))
+    _put(run / "report.html", page.encode())
+    return run / "report.html"
+
+
+def verdict(run: Path) -> str:
+    """The sentence at the head of the report, for the terminal."""
+    return verdicts.sentence(folder.read(run))
+
+
+def render(files: folder.RunFiles) -> str:
+    """The page as text."""
+    import jinja2  # here, since importing preftune.report must cost nothing
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["svg"] = svg.draw
+    environment.filters["nobreak"] = _nobreak
+    drawn, held_out = curves.plots(files.metrics), tables.held_out(files.evaluation)
+    columns, rows = tables.demo_table(files.demo)
+    return environment.get_template("page.html").render(
+        name=files.path.resolve().name,
+        model=_setting(files.config, "model"),
+        method=_method(files),
+        verdict=verdicts.sentence(files),
+        remarks=[*files.remarks, *curves.not_finite(files.metrics)],
+        demo_columns=columns,
+        demo_rows=rows,
+        reward_kl=curves.reward_kl(files.demo),
+        tiles=tables.tiles(files),
+        held_out=held_out,
+        intervals=any(row.before[1] or row.after[1] for row in held_out),
+        held_out_size=tables.held_out_size(files.evaluation),
+        plots=drawn,
+        dots=any(trace.kind == "dots" for plot in drawn for trace in plot.traces),
+        window=curves.smoothing(files.metrics),
+        data=tables.data_summary(files.data) if files.data else None,
+        samples=tables.samples(files),
+        environment=tables.environment(files.environment),
+        config=files.config,
+        inks=list(zip(curves.LIGHT, curves.DARK, strict=True)),
+    )
+
+
+def _nobreak(text: str) -> str:
+    """Keeps a figure and its unit on one line."""
+    return re.sub(r"(?<=\d) (?=%|nats\b)", "\N{NO-BREAK SPACE}", text)
+
+
+def _plots(files: folder.RunFiles) -> list[curves.Plot]:
+    frontier = curves.reward_kl(files.demo)
+    return [*curves.plots(files.metrics), *([frontier] if frontier else [])]
+
+
+def _method(files: folder.RunFiles) -> str:
+    for side in ("after", "before"):
+        name = folder.mapping(files.evaluation.get(side)).get("method")
+        if isinstance(name, str):
+            return name
+    return ""
+
+
+def _setting(config: str, key: str) -> str:
+    """A top-level scalar of the resolved config, which preftune itself wrote one to a line."""
+    found = re.search(rf"^{key}:[ ]*(\S.*)$", config, flags=re.MULTILINE)
+    return found.group(1).strip("'\" ") if found else ""
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Written aside and renamed: a reader never meets half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

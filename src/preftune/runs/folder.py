@@ -1,0 +1,125 @@
+"""The run folder: claimed before compute is spent, every file written aside and renamed."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from preftune.errors import Refusal
+
+
+def choose_out(out: str | None, name: str, *, overwrite: bool) -> Path:
+    """Where the run goes. Refuses a folder that holds something; creates nothing yet."""
+    if out is None:
+        today = datetime.date.today().isoformat()
+        number = 1
+        while Path(f"runs/{name}-{today}-{number}").exists():
+            number += 1
+        return Path(f"runs/{name}-{today}-{number}")
+    folder = Path(out)
+    if folder.is_file():
+        raise Refusal(f"{out} is a file; a run needs a folder", code="out_is_file", key="out")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        what = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
+        raise Refusal(
+            f"{out} {what}; choose another folder, or overwrite=true moves it to {_old(folder).name}",
+            code="out_holds_run",
+            key="out",
+        )
+    return folder
+
+
+def make(folder: Path) -> Path:
+    """Creates the folder; what was there stands beside it as .old-1, .old-2 ..."""
+    if folder.is_dir() and any(folder.iterdir()):
+        os.replace(folder, _old(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _old(folder: Path) -> Path:
+    number = 1
+    while (beside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    return beside
+
+
+def choose_file(out: str, *, overwrite: bool) -> Path:
+    """A file to write; one that is there is refused."""
+    path = Path(out)
+    if path.is_dir():
+        raise Refusal(f"{out} is a folder; name a .jsonl file", code="out_is_folder", key="out")
+    if path.exists() and not overwrite:
+        raise Refusal(f"{out} is there already; overwrite=true replaces it", code="out_exists", key="out")
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_lines(path: Path, lines: Iterable[Any]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def environment(files: Iterable[str | Path], **more: Any) -> dict[str, Any]:
+    """Versions, machine, commit and hashes: what a figure needs beside it to be worth something."""
+    packages = ("preftune", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "commit": _commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "sha256": {str(path): _sha256(Path(path)) for path in files if Path(path).is_file()},
+        **more,
+    }
+
+
+def model_files(ref: str) -> list[Path]:
+    """The weight files of a local model folder."""
+    return sorted(Path(ref).glob("*.safetensors")) if Path(ref).is_dir() else []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of preftune itself, where it runs from a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

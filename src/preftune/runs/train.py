@@ -1,0 +1,206 @@
+"""`preftune train` and `preftune.fit`: bring data and model together, run, and leave the folder behind."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preftune import methods, report
+from preftune.config import TrainKeys, build, dump
+from preftune.errors import Refusal
+from preftune.models.inspect import check_vocabulary, facts, resolve
+from preftune.records import Group
+from preftune.runs import folder as files
+from preftune.runs import preview
+from preftune.runs.prepare import Data, Rendered, from_groups, read_data, render_data
+from preftune.training import trackers
+
+if TYPE_CHECKING:
+    import torch
+
+    from preftune.runs.trainer import Progress, Run
+
+log = logging.getLogger("preftune")
+
+
+def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | None:
+    """The run of a resolved config; None after a dry run.
+
+    Raises:
+        Refusal: anything that can be known to be wrong, before a model is loaded and before a folder is made.
+        RunFailed, Interrupted: see `runs.trainer.run`.
+    """
+    model_ref = resolve(keys.model, "model")
+    reference_ref = resolve(keys.reference.model, "reference") if keys.reference.model else None
+    known = facts(model_ref, "model")
+    check_vocabulary(known, facts(reference_ref, "reference") if reference_ref else None)
+    if known.adapter and keys.adapter.type != "none":
+        line = "the model is an adapter already, and training goes on with it: leave adapter away"
+        raise Refusal(line, code="two_adapters", key="adapter")
+    trackers.check(keys.train.trackers)
+    files.choose_out(keys.out, "run", overwrite=keys.overwrite)
+    data = read_data(keys.data.sources, keys.data, keys.eval_data, keys.method.name)
+    out = files.choose_out(keys.out, data.method, overwrite=keys.overwrite)
+
+    # from here on torch and transformers are needed
+    from preftune.models.load import load_model, load_tokenizer, positions_of
+
+    trust = keys.trust_remote_code
+    tokenizer = load_tokenizer(model_ref, trust_remote_code=trust)
+    limit = keys.max_length or positions_of(model_ref, trust_remote_code=trust)
+    rendered = _rendered(data, tokenizer, keys, limit)
+    keys = _resolved(keys, data.method, out, limit, adapter=known.adapter or keys.adapter.type != "none")
+    if keys.dry_run:
+        preview.show(keys, rendered, tokenizer)
+        return None
+    sources = References(
+        other=(lambda dtype: load_model(reference_ref, dtype=dtype, key="reference", trust_remote_code=trust))
+        if reference_ref
+        else None,
+        again=lambda dtype: load_model(model_ref, dtype=dtype, trust_remote_code=trust),
+    )
+    model = load_model(model_ref, trust_remote_code=trust)
+    return _go(model, tokenizer, rendered, data.method, keys, sources, out, model_ref, progress)
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    groups: Sequence[Group],
+    *,
+    method: str = "dpo",
+    reference: Any = None,
+    eval_groups: Sequence[Group] | None = None,
+    out: str | Path | None = None,
+    **keys: Any,
+) -> Run:
+    """Trains `model` in place on groups at hand, without config or files.
+
+    Args:
+        model: a causal language model of transformers, or a peft model.
+        tokenizer: its tokenizer.
+        groups: from `preftune.read`.
+        method: `sft` or `dpo`.
+        reference: another model; None: `model` as it is now.
+        eval_groups: held-out groups; None: 5 % of the prompts by hash.
+        out: a run folder to write; None: no files.
+        **keys: the keys of a run: `beta=0.1, learning_rate=1e-6, train={"eval_every": 50}, adapter="lora"` ...
+
+    Returns:
+        A Run: `metrics`, `before`, `after`, `samples`, `model`.
+
+    Raises:
+        Refusal: keys, data or models that do not fit together.
+        RunFailed: the policy does not start at its reference, or a step is not finite.
+
+    Example:
+        run = preftune.fit(model, tokenizer, preftune.read("pairs.jsonl"), beta=0.1, learning_rate=1e-6)
+    """
+    from preftune.models.adapters import is_adapter
+    from preftune.models.load import check_tokenizer, max_positions
+
+    options = build(TrainKeys, {"model": str(getattr(model, "name_or_path", "")), "data": {}, **keys})
+    check_tokenizer(model, tokenizer, reference)
+    trackers.check(options.train.trackers)
+    name = methods.choose(methods.check_name(method), list(groups))
+    folder = files.choose_out(str(out), name, overwrite=options.overwrite) if out is not None else None
+    data = from_groups(groups, eval_groups, name, options.data)
+    limit = options.max_length or max_positions(model)
+    rendered = _rendered(data, tokenizer, options, limit)
+    adapter = is_adapter(model) or options.adapter.type != "none"
+    options = _resolved(options, name, folder, limit, adapter=adapter)
+    sources = References(other=None if reference is None else lambda dtype: reference, again=None)
+    return _go(model, tokenizer, rendered, name, options, sources, folder, options.model, None)
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """How to get, in a compute precision, another reference model, and the starting policy once more after training."""
+
+    other: Callable[[torch.dtype], Any] | None
+    again: Callable[[torch.dtype], Any] | None
+
+
+def _go(
+    model: Any,
+    tokenizer: Any,
+    rendered: Rendered,
+    method: str,
+    keys: TrainKeys,
+    sources: References,
+    out: Path | None,
+    model_ref: str,
+    progress: Progress | None,
+) -> Run:
+    """The part that computes: adapter, precision, the run, its folder."""
+    from preftune.models.adapters import add_lora, is_adapter, merged, trainable_adapter
+    from preftune.models.load import save_model
+    from preftune.runs.trainer import Job, run
+    from preftune.training.precision import DTYPES, default_dtype
+
+    dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(model.device)
+    keys = keys.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    new_adapter = not is_adapter(model) and keys.adapter.type == "lora"
+    if new_adapter:
+        model = add_lora(model, keys.adapter, seed=keys.seed)
+    elif is_adapter(model):
+        model = trainable_adapter(model)
+    else:
+        model.requires_grad_(True)
+    job = Job(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        train=rendered.train,
+        held=rendered.held,
+        method=methods.make(method, beta=keys.beta),
+        keys=keys,
+        dtype=dtype,
+        new_adapter=new_adapter,
+        load_reference=None if sources.other is None else partial(sources.other, dtype),
+        load_start=None if sources.again is None else partial(sources.again, dtype),
+        out=out,
+        **({"progress": progress} if progress else {}),
+    )
+    started = time.time()
+    if out is not None:
+        files.make(out)
+        files.write_text(out / "config.yaml", dump(keys))
+        files.write_json(out / "data.json", rendered.summary)
+        data_files = [source["path"] for source in rendered.summary["sources"]]
+        environment = files.environment([*files.model_files(model_ref), *data_files], device=str(model.device))
+        files.write_json(out / "environment.json", environment)
+    result = run(job)
+    if out is not None:
+        final = merged(result.model) if keys.adapter.merge and is_adapter(result.model) else result.model
+        save_model(final, tokenizer, out / "model", dtype=dtype)
+        files.write_json(out / "evaluation.json", {"before": result.before, "after": result.after})
+        files.write_lines(out / "samples.jsonl", result.samples)
+        files.write_json(out / "environment.json", environment | {"seconds": round(time.time() - started, 1)})
+        report.write(out)
+    return result
+
+
+def _rendered(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) -> Rendered:
+    return render_data(data, tokenizer, max_length=limit, too_long=keys.data.too_long, template=keys.data.template)
+
+
+def _resolved(keys: TrainKeys, method: str, out: Path | None, limit: int | None, *, adapter: bool) -> TrainKeys:
+    """The keys with every default filled in, said where it was chosen here."""
+    rate = keys.learning_rate or methods.NEEDS[method].learning_rate * (10 if adapter else 1)
+    if keys.learning_rate is None:
+        log.info(f"learning_rate: {rate:g}, the default for {method}{' with an adapter' if adapter else ''}")
+    if keys.steps is not None and "epochs" in keys.model_fields_set:
+        log.info(f"steps and epochs are both given: steps={keys.steps} counts")
+    return keys.model_copy(
+        update={
+            "method": keys.method.model_copy(update={"name": method}),
+            "learning_rate": rate,
+            "max_length": limit,
+            "out": str(out) if out else None,
+        }
+    )

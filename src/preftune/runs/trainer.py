@@ -1,0 +1,313 @@
+"""One training run: reference values first, then steps with held-out evaluations between them, then the verdict.
+
+Nothing here knows where data or models came from; `runs.train` and `preftune.fit` bring them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import signal as signals
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from preftune.config import TrainKeys
+from preftune.data.render import Batch, render_prompts
+from preftune.errors import Interrupted
+from preftune.evaluation.held_out import held_out, method_metrics, needed_rows
+from preftune.evaluation.intervals import mean_interval
+from preftune.evaluation.kl import kl_per_response
+from preftune.generation.sample import Sample, Sampling, sample
+from preftune.methods.dpo import comparisons
+from preftune.models.adapters import adapter_off
+from preftune.models.load import max_positions, save_model
+from preftune.records import Group
+from preftune.scoring.score import score_logp
+from preftune.scoring.selfcheck import check_start
+from preftune.training import trackers
+from preftune.training.method import Method
+from preftune.training.precision import Weights
+from preftune.training.signals import Stop, stoppable
+from preftune.training.steps import Plan, plan, steps
+
+log = logging.getLogger("preftune")
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]  # phase, done, total, last metrics
+SAMPLES = 20  # prompts answered before and after
+NEW_TOKENS = 128
+
+
+@dataclass
+class Run:
+    """What a run leaves in memory; `out` is its folder, where it has one."""
+
+    model: Any
+    method: str
+    metrics: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    out: Path | None = None
+
+
+@dataclass
+class Job:
+    """What a run is made of: the model that trains, rendered data, and where the reference comes from.
+
+    `load_reference` gives another model as reference; None: the reference is the starting policy.
+    `load_start` gives the starting policy once more, for the KL after training; None where it is gone.
+    """
+
+    model: Any
+    tokenizer: Any
+    train: Batch
+    held: Batch
+    method: Method
+    keys: TrainKeys
+    dtype: torch.dtype
+    new_adapter: bool = False
+    load_reference: Callable[[], Any] | None = None
+    load_start: Callable[[], Any] | None = None
+    out: Path | None = None
+    progress: Progress = lambda phase, done, total, line: None
+
+
+def run(job: Job) -> Run:
+    """Trains `job.model` in place and returns what was measured.
+
+    Raises:
+        RunFailed: the first invariant does not hold, or a step is not finite.
+        Interrupted: after Ctrl-C or SIGTERM, with the weights in checkpoints/.
+    """
+    keys = job.keys
+    weights = Weights(job.model, job.dtype)
+    the_plan = _plan(job)
+    result = Run(job.model, job.method.name, out=job.out)
+    rows = needed_rows(job.held, job.method)
+    with stoppable() as stop, _open_metrics(job) as sink:
+        try:
+            reference, held_reference = _references(job, weights, the_plan, rows, stop)
+            start = _scored(job, weights.compute, job.held, rows, "evaluate", stop)
+            result.before = _figures(job, start, held_reference)
+            prompts = _sample_prompts(job)
+            answers = _answers(job, weights, prompts)
+            best = _Best(weights, job)
+            for line in steps(weights, job.train, job.method, the_plan, reference):
+                number = line["step"]
+                if keys.train.eval_every and (number % keys.train.eval_every == 0 or number == len(the_plan)):
+                    scored = _scored(job, weights.compute, job.held, rows, "evaluate", stop)
+                    line |= {f"eval/{k}": v for k, v in _held_line(job, scored, held_reference).items()}
+                    best.offer(number, line.get("eval/loss"))
+                result.metrics.append(line)
+                sink(line)
+                job.progress("train", number, len(the_plan), line)
+                if keys.train.save_every and number % keys.train.save_every == 0:
+                    _checkpoint(job, weights, number)
+                _stop_here(stop)
+            best.restore()
+            final = _scored(job, weights.compute, job.held, rows, "evaluate", stop)
+            result.after = _figures(job, final, held_reference)
+            later = _answers(job, weights, prompts)
+            result.after |= _kl(job, weights, later)
+            result.samples = _side_by_side(job, prompts, answers, later)
+        except (_Stopped, KeyboardInterrupt) as stopped:
+            number = stop.signal or signals.SIGINT
+            done = len(result.metrics)
+            where = _checkpoint(job, weights, done) if job.out else None
+            log.warning(f"stopped after step {done} of {len(the_plan)}")
+            hint = f"; the weights are in {where}" if where else ""
+            raise Interrupted(
+                f"stopped by {signals.Signals(number).name} after step {done}{hint}", signal_number=number
+            ) from stopped
+    return result
+
+
+class _Stopped(Exception):
+    """The flag was set: unwind to where it is saved."""
+
+
+def _stop_here(stop: Stop) -> None:
+    if stop.signal is not None:
+        raise _Stopped
+
+
+def _plan(job: Job) -> Plan:
+    keys = job.keys
+    assert keys.learning_rate is not None, "resolved before a run starts"
+    return plan(
+        job.method.examples(job.train.groups),
+        batch_size=keys.batch_size,
+        epochs=keys.epochs,
+        steps=keys.steps,
+        seed=keys.seed,
+        learning_rate=keys.learning_rate,
+        options=keys.train,
+    )
+
+
+# -- reference and held-out figures -------------------------------------------------------------------------------------
+
+
+def _references(
+    job: Job, weights: Weights, the_plan: Plan, held_rows: list[int], stop: Stop
+) -> tuple[Tensor | None, Tensor | None]:
+    """Reference logp of every training response the plan uses, and of the held-out ones; checked where it must be 0."""
+    if not job.method.needs_reference:
+        return None, None
+    used = [job.train.index(e.group, r) for _, examples in the_plan.batches for e in examples for r in e.responses]
+    rows = list(dict.fromkeys(used))
+    # before the first step the policy itself is the reference: it is scored once, and no second model is kept
+    model = job.load_reference() if job.load_reference else weights.compute
+    off: AbstractContextManager[None] = adapter_off(model) if job.new_adapter and not job.load_reference else nullcontext()
+    with off:
+        reference = _scored(job, model, job.train, rows, "reference", stop)
+        held = _scored(job, model, job.held, held_rows, "reference", stop)
+    del model
+    first = list(dict.fromkeys(job.train.index(e.group, r) for e in the_plan.batches[0][1] for r in e.responses))
+    policy = _scored(job, weights.compute, job.train, first, "check", stop)
+    if job.load_reference is None:
+        worst = check_start(policy, reference, job.train, first, dtype=job.dtype)
+        log.info(f"start check: policy and reference agree to {worst:.1e} nats per token")
+    else:
+        ratio = (policy - reference)[first]
+        log.info(f"the reference is another model: log-ratios of the first batch {ratio.mean():.3g} +- {ratio.std():.3g} nats")
+    return reference, held
+
+
+def _scored(job: Job, model: Any, batch: Batch, rows: list[int], phase: str, stop: Stop) -> Tensor:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        job.progress(phase, done, len(rows), {})
+        _stop_here(stop)
+
+    budget = job.keys.train.tokens_per_microbatch
+    return score_logp(model, batch, rows, tokens_per_microbatch=budget, progress=advance)
+
+
+def _figures(job: Job, policy: Tensor, reference: Tensor | None) -> dict[str, Any]:
+    beta = job.keys.beta if job.method.needs_reference else None
+    return held_out(job.held, job.method, policy, reference, beta=beta, seed=job.keys.seed)
+
+
+def _held_line(job: Job, policy: Tensor, reference: Tensor | None) -> dict[str, float]:
+    line = method_metrics(job.held, job.method, policy, reference)
+    accuracy = _figures(job, policy, reference)["logp_accuracy"]
+    return line | ({"logp_accuracy": accuracy} if accuracy is not None else {})
+
+
+class _Best:
+    """The weights with the lowest held-out loss, in memory and in checkpoints/best."""
+
+    def __init__(self, weights: Weights, job: Job) -> None:
+        self.weights, self.job = weights, job
+        self.loss, self.step, self.kept = float("inf"), 0, list[Tensor]()
+
+    def offer(self, step: int, loss: float | None) -> None:
+        if not self.job.keys.train.keep_best or loss is None or not loss < self.loss:
+            return
+        self.loss, self.step = loss, step
+        self.kept = [m.detach().clone() for m in self.weights.masters]
+        if self.job.out:
+            save_model(self.weights.compute, self.job.tokenizer, self.job.out / "checkpoints" / "best")
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if not self.kept:
+            return
+        for master, kept in zip(self.weights.masters, self.kept, strict=True):
+            master.copy_(kept)
+        self.weights.refresh()
+        log.info(f"kept: the weights of step {self.step}, with the lowest held-out loss ({self.loss:.4f})")
+
+
+# -- answers before and after ---------------------------------------------------------------------------------------------
+
+
+def _sample_prompts(job: Job) -> tuple[list[Group], list[tuple[int, ...]]]:
+    groups = list(job.held.groups or job.train.groups)[:SAMPLES]
+    ids = render_prompts(groups, job.tokenizer, template=job.keys.data.template)
+    limit = max_positions(job.model)
+    short = [n for n, prompt in enumerate(ids) if limit is None or len(prompt) + 16 <= limit]
+    return [groups[n] for n in short], [ids[n] for n in short]
+
+
+def _answers(job: Job, weights: Weights, prompts: tuple[list[Group], list[tuple[int, ...]]]) -> list[Sample]:
+    if not prompts[1]:
+        return []
+    limit = max_positions(job.model)
+    room = NEW_TOKENS if limit is None else min(NEW_TOKENS, limit - max(map(len, prompts[1])))
+    how = Sampling(max_new_tokens=room, seed=job.keys.seed)
+    return sample(weights.compute, job.tokenizer, prompts[1], how, progress=lambda n: job.progress("sample", n, n, {}))
+
+
+def _side_by_side(
+    job: Job, prompts: tuple[list[Group], list[tuple[int, ...]]], before: list[Sample], after: list[Sample]
+) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for n, (group, ids) in enumerate(zip(*prompts, strict=True)):
+        line = {
+            "prompt": job.tokenizer.decode(ids, skip_special_tokens=True),
+            "before": before[n].text,
+            "after": after[n].text,
+        }
+        pairs = comparisons([group])
+        if pairs:
+            content = group.responses[pairs[0].responses[0]].content
+            line["chosen"] = content if isinstance(content, str) else "\n".join(m.content for m in content)
+        lines.append(line)
+    return lines
+
+
+def _kl(job: Job, weights: Weights, samples: list[Sample]) -> dict[str, Any]:
+    """KL of the trained policy from where it started, on the answers it just gave; nothing where the start is gone."""
+    if not samples or not job.method.needs_reference or (not job.new_adapter and job.load_start is None):
+        return {}
+    reference = None if job.new_adapter or job.load_start is None else job.load_start()
+    values = kl_per_response(weights.compute, reference, samples, without_adapter=job.new_adapter)
+    found = mean_interval(values, range(len(values)), seed=job.keys.seed)
+    assert found is not None
+    return {"kl": found[0], "kl_samples": len(values), "kl_interval": found[1]}
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _open_metrics(job: Job) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that appends a line to metrics.jsonl (flushed) and to the trackers."""
+    if job.out is None:
+        yield lambda line: None
+        return
+    open_trackers = trackers.start(job.keys.train.trackers, job.out)
+    with (job.out / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        yield lambda line: _write(line, file, open_trackers)
+    for tracker in open_trackers:
+        tracker.close()
+
+
+def _write(line: dict[str, Any], file: TextIO, open_trackers: list[trackers.TensorBoard]) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+    for tracker in open_trackers:
+        tracker.log(line)
+
+
+def _checkpoint(job: Job, weights: Weights, step: int) -> Path:
+    assert job.out is not None
+    parent = job.out / "checkpoints"
+    where = parent / f"step-{step:06d}"
+    save_model(weights.compute, job.tokenizer, where)
+    for old in sorted(parent.glob("step-*[0-9]"))[: -job.keys.train.keep_checkpoints]:
+        shutil.rmtree(old)
+    return where

@@ -1,0 +1,41 @@
+"""The first invariant: where the reference is the starting policy, every log-ratio is 0 at step 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from preftune.data.render import Batch
+from preftune.errors import RunFailed
+
+# nats per token; bfloat16 keeps 8 bits, so two paths may differ in the third digit of a token's logp
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def check_start(policy_logp: Tensor, reference_logp: Tensor, batch: Batch, rows: list[int], *, dtype: torch.dtype) -> float:
+    """Largest |log-ratio| per token over `rows`; a run that starts elsewhere than at its reference must not go on.
+
+    Args:
+        policy_logp, reference_logp: [len(batch)] nats, summed; read at `rows`.
+        dtype: the compute precision, which sets the tolerance.
+
+    Raises:
+        RunFailed: names the data rows that differ most.
+    """
+    length = torch.tensor([batch.sequences[r].length for r in rows], dtype=torch.float32)
+    differs = (policy_logp[rows] - reference_logp[rows]).abs() / length
+    worst = float(differs.max())
+    if worst <= TOLERANCE[dtype]:  # False for NaN too
+        return worst
+    order = torch.argsort(differs.nan_to_num(float("inf")), descending=True)[:5].tolist()
+    places: list[str] = []
+    for n in order:
+        s = batch.sequences[rows[n]]
+        origins = batch.groups[s.group].responses[s.response].origins
+        places.append(f"{origins[0].file} row {origins[0].row}" if origins else f"group {s.group} response {s.response}")
+    raise RunFailed(
+        f"the policy and its reference differ before the first step, by up to {worst:.3g} nats per token (tolerance "
+        f"{TOLERANCE[dtype]:g}), worst at {', '.join(dict.fromkeys(places))}. They should be the same model here: "
+        "is dropout on, the adapter not at zero, or the model not deterministic?",
+        code="start_check",
+    )

@@ -1,0 +1,1 @@
+"""Training: the steps of a run, its precision and its schedule. No method is known by name here."""

@@ -1,0 +1,75 @@
+"""Precision is one thing everywhere: float32 master weights, and where asked a lower-precision compute copy of them.
+
+Gradients leave the compute copy after every micro-batch and are summed in float32; the copy is refreshed once per step.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware computes it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    has = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    )
+    return torch.bfloat16 if device.type == "cpu" and has else torch.float32
+
+
+class Weights:
+    """The trained weights of a model: float32 masters, and the model that computes with them.
+
+    `compute` is the caller's model where its trained parameters are float32 and float32 is asked; otherwise a copy of
+    it in the compute precision. `masters` are always float32 and are what the optimizer steps.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self.compute: Any = model if _is(model, dtype) else cast_parameters(copy.deepcopy(model), dtype)
+        pairs = zip(model.parameters(), self.compute.parameters(), strict=True)
+        self._trained = [(own, used) for own, used in pairs if own.requires_grad]
+        self.masters = [own if own.dtype == torch.float32 else own.detach().float() for own, _ in self._trained]
+
+    def collect_gradients(self) -> None:
+        """Adds the compute copy's gradients to the masters' in float32. Call after each backward."""
+        for master, (_, used) in zip(self.masters, self._trained, strict=True):
+            if used is master or used.grad is None:
+                continue
+            gradient = used.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            used.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Puts the masters into the caller's model and the compute copy. Call after each optimizer step."""
+        for master, (own, used) in zip(self.masters, self._trained, strict=True):
+            if own is not master:
+                own.copy_(master)
+            if used is not master and used is not own:
+                used.copy_(master)
+
+
+def _is(model: nn.Module, dtype: torch.dtype) -> bool:
+    return all(p.dtype == dtype for p in model.parameters() if p.is_floating_point())
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts the parameters and leaves the buffers: rotary frequencies lose their digits in bfloat16."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def gradient_norm(masters: list[Tensor]) -> Tensor:
+    """L2 norm over all gradients, float32."""
+    return torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])

@@ -1,0 +1,199 @@
+"""The loop: a generator of optimizer steps. It knows scores, losses and weights, and no method by name.
+
+A step's gradient does not depend on how its batch is cut: the total weight of the whole batch is known before the first
+backward, and every micro-batch adds sum(weight * loss) / total.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preftune.data.render import Batch
+from preftune.errors import RunFailed
+from preftune.scoring.plan import pack_examples
+from preftune.scoring.score import default_budget, score
+from preftune.training.method import Example, Method
+from preftune.training.options import TrainOptions
+from preftune.training.precision import Weights, gradient_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run does, decided before it starts: every step's examples, and the learning rate it is taken with."""
+
+    batches: tuple[tuple[int, tuple[Example, ...]], ...]  # (epoch from 0, examples)
+    learning_rate: float
+    options: TrainOptions
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (from 1): a linear rise over the warm-up, then the schedule, ending near 0."""
+        total, rise = len(self), math.ceil(self.options.warmup * len(self))
+        if step <= rise:
+            return self.learning_rate * step / rise
+        left = (total - step + 1) / (total - rise + 1)
+        shape = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}
+        return self.learning_rate * shape[self.options.schedule]
+
+
+def plan(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    epochs: float,
+    steps: int | None,
+    seed: int,
+    learning_rate: float,
+    options: TrainOptions,
+) -> Plan:
+    """Groups are shuffled by (seed, epoch), marks within a group too; a group's marks follow each other and may go on
+    in the next step; the last batch of an epoch may be smaller."""
+    per_epoch = math.ceil(len(examples) / batch_size)
+    total = steps if steps is not None else max(1, round(epochs * per_epoch))
+    batches: list[tuple[int, tuple[Example, ...]]] = []
+    epoch = 0
+    while len(batches) < total:
+        order = shuffled(examples, seed, epoch)
+        for at in range(0, len(order), batch_size):
+            batches.append((epoch, tuple(order[at : at + batch_size])))
+        epoch += 1
+    return Plan(tuple(batches[:total]), learning_rate, options)
+
+
+def shuffled(examples: Sequence[Example], seed: int, epoch: int) -> list[Example]:
+    groups: dict[int, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.group, []).append(example)
+    order = random.Random(f"{seed}/{epoch}")  # a string seed is hashed the same way on every machine
+    keys = list(groups)
+    order.shuffle(keys)
+    result: list[Example] = []
+    for key in keys:
+        order.shuffle(groups[key])
+        result += groups[key]
+    return result
+
+
+def steps(
+    weights: Weights, batch: Batch, method: Method, the_plan: Plan, reference_logp: Tensor | None
+) -> Iterator[dict[str, Any]]:
+    """Takes the plan's optimizer steps, and yields each step's metrics, measured before that step's update.
+
+    Args:
+        weights: the model that trains.
+        batch: all rendered training responses.
+        reference_logp: [len(batch)] nats, where the method needs a reference.
+
+    Raises:
+        RunFailed: a loss or gradient that is not finite; the optimizer has not stepped on it.
+    """
+    options = the_plan.options
+    optimizer = torch.optim.AdamW(weights.masters, lr=the_plan.learning_rate, weight_decay=options.weight_decay, fused=True)
+    budget = options.tokens_per_microbatch or default_budget(weights.compute)
+    for number, (epoch, examples) in enumerate(the_plan.batches, start=1):
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        line, tokens = backward(weights, batch, method, examples, reference_logp, budget)
+        norm = gradient_norm(weights.masters)
+        if not (math.isfinite(line["loss"]) and torch.isfinite(norm)):
+            rows = dict.fromkeys(f"{e.origin.file} row {e.origin.row}" for e in examples if e.origin)
+            raise RunFailed(
+                f"step {number}: loss {line['loss']}, gradient norm {float(norm)}: not finite. The weights are those "
+                f"of step {number - 1}. Rows of this batch: {', '.join(list(rows)[:5])} ... Lower learning_rate, or look "
+                "at these rows.",
+                code="not_finite",
+            )
+        torch.nn.utils.clip_grads_with_norm_(weights.masters, options.max_grad_norm, norm)
+        rate = the_plan.rate(number)
+        for settings in optimizer.param_groups:
+            settings["lr"] = rate
+        optimizer.step()
+        weights.refresh()
+        seconds = time.perf_counter() - began
+        yield {
+            "step": number,
+            "epoch": epoch,
+            **line,
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            **({"pairs_per_s": len(examples) / seconds} if method.width == 2 else {}),
+            "tokens_per_s": tokens / seconds,
+            "memory_gb": memory_gb(),
+        }
+
+
+def backward(
+    weights: Weights,
+    batch: Batch,
+    method: Method,
+    examples: Sequence[Example],
+    reference_logp: Tensor | None,
+    budget: int,
+) -> tuple[dict[str, float], int]:
+    """Accumulates the gradient of sum(weight * loss) / sum(weight) over the examples.
+
+    Returns:
+        The mean loss and metrics, and how many tokens went through the model.
+    """
+    needs = [[batch.index(e.group, r) for r in e.responses] for e in examples]
+    lengths = [batch.sequences[i].length for row in needs for i in row]
+    width = method.width
+    total = sum(method.weight(e, lengths[n * width : (n + 1) * width]) for n, e in enumerate(examples))
+    sums: dict[str, list[Tensor]] = {}
+    loss_sum, tokens = 0.0, 0
+    for places in _microbatches(examples, needs, batch, budget):
+        rows = list(dict.fromkeys(i for p in places for i in needs[p]))
+        part = Batch(batch.groups, tuple(batch.sequences[i] for i in rows))
+        # one pass: the micro-batch is already within the budget
+        scores = score(weights.compute, part, tokens_per_microbatch=sys.maxsize)
+        device = scores.logp.device
+        local = {row: n for n, row in enumerate(rows)}
+        index = torch.tensor([[local[i] for i in needs[p]] for p in places], device=device)
+        loss, metrics = method.loss(
+            scores.logp,
+            None if reference_logp is None else reference_logp[rows].to(device),
+            scores.length,
+            index,
+            torch.tensor([examples[p].preference for p in places], device=device),
+            torch.tensor([examples[p].weight for p in places], device=device),
+        )
+        (loss.sum() / total).backward()
+        weights.collect_gradients()
+        loss_sum += float(loss.detach().sum())
+        tokens += sum(len(s.ids) for s in part.sequences)
+        for name, values in metrics.items():
+            sums.setdefault(name, []).append(values)
+    means = {name: float(torch.cat(parts).nanmean()) for name, parts in sums.items()}
+    return {"loss": loss_sum / total, **{k: v for k, v in means.items() if not math.isnan(v)}}, tokens
+
+
+def _microbatches(examples: Sequence[Example], needs: list[list[int]], batch: Batch, budget: int) -> list[list[int]]:
+    """Examples cut into passes: groups of like length together so that little is padded, and inside a group likewise."""
+    lengths = {i: len(batch.sequences[i].ids) for row in needs for i in row}
+    own = [max(lengths[i] for i in row) for row in needs]
+    longest: dict[int, int] = {}
+    for n, example in enumerate(examples):
+        longest[example.group] = max(longest.get(example.group, 0), own[n])
+    order = sorted(range(len(examples)), key=lambda n: (-longest[examples[n].group], examples[n].group, -own[n], n))
+    packed = pack_examples([needs[n] for n in order], lengths, budget)
+    return [[order[p] for p in places] for places in packed]
+
+
+def memory_gb() -> float:
+    """Peak memory so far: of the accelerator where there is one, else of the process. 1 GB = 10^9 bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

@@ -1,0 +1,246 @@
+"""From sources to Groups: merging, accounting, options, refusals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preftune.data.options import DataOptions, Source
+from preftune.data.read import Reading, enforce, load, read
+from preftune.errors import Refusal
+from preftune.records import Comparison, Finding, Group, Origin
+
+SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+def written(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def shared(name: str) -> str:
+    if not (SHARED / name).exists():
+        pytest.skip(f"needs the shared data file {name}")
+    return str(SHARED / name)
+
+
+def adds_up(reading: Reading) -> bool:
+    errors = Counter(f.code for f in reading.findings if f.severity == "error")
+    return errors == reading.dropped and reading.rows == reading.kept + sum(reading.dropped.values())
+
+
+def test_rows_with_one_prompt_merge() -> None:
+    rows = [PAIR, {"prompt": "p", "chosen": "x", "rejected": "y"}, {**PAIR, "chosen": "b", "rejected": "c"}]
+    first, second = read(rows)
+    assert (first.prompt, second.prompt) == ("q", "p")
+    assert [r.content for r in first.responses] == ["a", "b", "c"]
+    assert first.responses[1].origins == (Origin("rows", 1, "rejected"), Origin("rows", 3, "chosen"))
+    assert first.marks == (
+        Comparison(0, 1, origin=Origin("rows", 1, "chosen")),
+        Comparison(1, 2, origin=Origin("rows", 3, "chosen")),
+    )
+
+
+def test_tools_and_ids_keep_prompts_apart() -> None:
+    tools = [{**PAIR, "tools": [{"name": name}]} for name in "fgf"]
+    assert [len(group.marks) for group in read(tools)] == [2, 1]
+    rows = [{**PAIR, "key": key} for key in (1, 2, 1)] + [{**PAIR, "prompt": "p", "key": 2}]
+    reading = load(rows, options=DataOptions(columns={"id": "key"}))
+    assert [(group.id, len(group.marks)) for group in reading.groups] == [("1", 2), ("2", 1)]
+    assert [(f.code, f.row, f.column) for f in reading.findings] == [("bad_value", 4, "key")]
+
+
+def test_every_dropped_row_has_a_finding(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": \n' + "".join(json.dumps(r) + "\n" for r in [PAIR, {**PAIR, "chosen": ""}, [], PAIR]))
+    reading = load(path)
+    assert adds_up(reading)
+    assert (reading.rows, reading.kept) == (5, 2)
+    assert [(f.code, f.row) for f in reading.findings] == [("bad_json", 1), ("empty_answer", 3), ("not_an_object", 4)]
+    assert reading.sources == [{"path": str(path), "format": "pairs", "rows": 5, "kept": 2, "dropped": dict(reading.dropped)}]
+    assert reading.summary()[0].endswith("3 dropped: bad_json 1 (row 1), empty_answer 1 (row 3), not_an_object 1 (row 4)")
+
+
+def test_columns_rename_and_findings_name_the_files_own(tmp_path: Path) -> None:
+    rows = [{"ask": "q", "chosen": "bad", "rejected": "good"}, {"ask": "q", "chosen": "", "rejected": "x"}]
+    columns = {"prompt": "ask", "chosen": "rejected", "rejected": "chosen"}
+    reading = load({"path": written(tmp_path / "a.jsonl", rows), "columns": columns})
+    assert [r.content for r in reading.groups[0].responses] == ["good", "bad"]
+    assert reading.findings[0].column == "chosen"
+    as_completion = load(rows, options=DataOptions(columns={"prompt": "ask", "completion": "rejected"}))
+    assert as_completion.sources[0]["format"] == "demonstrations"
+
+
+def test_options_of_a_source_win_over_the_defaults(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", [{**PAIR, "completion": str(n)} for n in range(5)])
+    defaults = DataOptions(limit=3, format="demonstrations")
+    assert [s["rows"] for s in load([path, Source(path=path, limit=2)], options=defaults).sources] == [3, 2]
+    formats = [s["format"] for s in load([path, {"path": path, "format": "pairs"}], options=defaults).sources]
+    assert formats == ["demonstrations", "pairs"]
+    assert DataOptions.model_validate({"sources": path}).sources == [path]
+
+
+def test_a_folder_is_all_its_data_files(tmp_path: Path) -> None:
+    written(tmp_path / "b.jsonl", [PAIR])
+    written(tmp_path / "a.jsonl", [PAIR, {**PAIR, "chosen": "c"}])
+    (tmp_path / "SOURCE.txt").write_text("not data")
+    reading = load(tmp_path)
+    assert [Path(s["path"]).name for s in reading.sources] == ["a.jsonl", "b.jsonl"]
+    assert [r.content for r in reading.groups[0].responses] == ["a", "b", "c"]
+    assert [s["rows"] for s in load({"path": str(tmp_path), "limit": 2}).sources] == [2]
+
+
+def test_sources_may_be_mixed(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", [PAIR])
+    groups = read([{**PAIR, "chosen": "d"}])
+    assert load(groups).groups == groups
+    mixed = read([{**PAIR, "chosen": "c"}, path, *groups])
+    assert [[r.content for r in group.responses] for group in mixed] == [["c", "b", "a", "d"]]
+    assert [(m.responses, m.origin.file if m.origin else "") for m in mixed[0].marks] == [
+        ((0, 1), "rows"), ((2, 1), path), ((3, 1), "rows"),
+    ]  # fmt: skip
+
+
+def test_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list([PAIR, {**PAIR, "chosen": None}])
+    reading = load(dataset)
+    assert reading.groups[0].responses[0].origins == (Origin("dataset", 1, "chosen"),)
+    assert [(f.code, f.file, f.row) for f in reading.findings] == [("missing_value", "dataset", 2)]
+    dataset.save_to_disk(str(tmp_path / "one"))
+    splits = datasets.DatasetDict({"train": dataset, "test": dataset.select([0])})
+    splits.save_to_disk(str(tmp_path / "two"))
+    for source in (tmp_path / "one", tmp_path / "two", splits, splits["train"].to_iterable_dataset()):
+        assert load(source).rows == 2
+    assert load({"path": str(tmp_path / "two"), "split": "test"}).rows == 1
+    with pytest.raises(Refusal, match="train, test"):
+        load(splits, options=DataOptions(split="trian"))
+
+
+def test_an_unknown_hub_name_is_one_line(tmp_path: Path) -> None:
+    code = "from preftune.data.read import load\n"
+    code += "try: load('nobody/nothing')\nexcept Exception as e: print(repr(str(e)), e.code)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path,
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+    )  # fmt: skip
+    assert run.stdout.startswith(("'nobody/nothing: ", '"nobody/nothing: ')), run.stderr
+    assert "\\n" not in run.stdout
+    assert run.stdout.split()[-1] == "not_on_hub"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "source", "code", "words"),
+    [
+        ("pairs.jsonl", "{}", "pair.jsonl", "not_found", "Did you mean pairs.jsonl?"),
+        ("pairs.jsonl", "{}", "no/such/pairs.jsonl", "not_found", "no folder"),
+        ("a.jsonl", "", "a.jsonl", "empty", "no rows"),
+        ("a.csv", "prompt,chosen\n", "a.csv", "empty", "no rows"),
+        ("a.jsonl", '{"prompt": "q", "choosen": "a", "rejected": "b"}', "a.jsonl", "no_known_columns", "choosen"),
+        ("a.md", "# hi", "", "not_found", "no data files"),
+        ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "format": "pair"}, "unknown_format", "Did you mean pairs?"),
+        ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "split": "test"}, "unknown_split", "no splits"),
+        ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "limit": 0}, "bad_option", "1"),
+        ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "colums": {}}, "bad_option", "Did you mean columns?"),
+        ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "columns": {"choosen": "a"}}, "unknown_column", "chosen?"),
+        ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "columns": {"weight": "chosn"}}, "unknown_column", "chosen?"),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path: Path, name: str, content: str, source: Any, code: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    here = {**source, "path": str(tmp_path / source["path"])} if isinstance(source, dict) else str(tmp_path / source)
+    with pytest.raises(Refusal) as caught:
+        load(here)
+    assert caught.value.code == code
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("source", "code"), [([], "no_data"), ([3], "unknown_source"), (None, "unknown_source")])
+def test_what_is_no_source(source: Any, code: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        load(source)
+    assert caught.value.code == code
+
+
+FOUND = [Finding("empty_answer", "error", "blank", "a.jsonl", 7, "chosen"), Finding("bad_json", "error", "no", "a", 9)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dropped", "keys", "code"),
+    [
+        (4, 2, {}, None),
+        (3, 2, {}, "too_many_dropped"),
+        (3, 2, {"allow_drops": True}, None),
+        (2, 2, {"allow_drops": True}, "nothing_kept"),
+        (0, 0, {}, "nothing_kept"),
+        (9, 2, {"strict": True, "allow_drops": True}, "faulty_row"),
+        (9, 0, {"strict": True}, None),
+    ],
+)
+def test_enforce(rows: int, dropped: int, keys: dict[str, bool], code: str | None) -> None:
+    asked = {"strict": False, "allow_drops": False, **keys}
+    counts = Counter(f.code for f in FOUND[:dropped])
+    if code is None:
+        enforce(rows, counts, FOUND[:dropped], **asked)
+        return
+    with pytest.raises(Refusal) as caught:
+        enforce(rows, counts, FOUND[:dropped], **asked)
+    assert caught.value.code == code
+    if dropped:
+        assert (caught.value.file, caught.value.row, caught.value.column) == ("a.jsonl", 7, "chosen")
+
+
+def test_read_logs_drops_once_and_refuses_what_is_mostly_bad(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="preftune"):
+        read([PAIR, PAIR])
+        assert not caplog.records
+        read([PAIR, {**PAIR, "chosen": ""}])
+    assert [r.message for r in caplog.records] == [
+        "rows: 2 rows read as preference pairs with explicit prompt, 1 dropped: empty_answer 1 (row 2)"
+    ]
+    with pytest.raises(Refusal, match="2 of 3 rows"):
+        read([PAIR, {}, {"prompt": "q"}])
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, preftune.data.read; print({'torch', 'datasets', 'pyarrow', 'transformers'} & set(sys.modules))"
+    path = {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, timeout=60)
+    assert run.stdout.strip() == "set()", run.stderr
+
+
+def test_hh_as_published() -> None:
+    reading = load(shared("hh_harmless/harmless-base-test.jsonl.gz"))
+    rows: dict[str, list[int | None]] = {}
+    for finding in reading.findings:
+        rows.setdefault(finding.code, []).append(finding.row)
+    assert (reading.rows, reading.kept) == (2312, 2303)
+    assert rows == {"empty_answer": [87, 517, 926, 1104], "prompts_differ": [1255, 1689, 1951, 1953, 2037]}
+    assert all(isinstance(g.prompt, str) and g.prompt.endswith("\n\nAssistant:") for g in reading.groups)
+    chat = load(shared("hh_harmless/harmless-base-test.jsonl.gz"), options=DataOptions(format="hh_messages"))
+    assert chat.kept <= reading.kept
+    assert all(isinstance(g, Group) and g.prompt[-1].role == "user" for g in chat.groups if not isinstance(g.prompt, str))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "rows"),
+    [
+        ("dpo_en_demo.json", "llamafactory_pairs", 300),
+        ("v1_dpo_demo.jsonl", "message_pairs", 10),
+        ("kto_en_demo.json", "conversation_ratings", 300),
+        ("alpaca_en_demo.json", "alpaca", 999),
+    ],
+)
+def test_llamafactory_as_published(name: str, format: str, rows: int) -> None:
+    reading = load(shared(f"llamafactory_demo/{name}"))
+    assert (reading.sources[0]["format"], reading.rows, reading.kept) == (format, rows, rows)
+    assert sum(len(group.marks) for group in reading.groups) == rows
