@@ -489,19 +489,9 @@ def test_figures(value: object, text: str) -> None:
 def test_small_words() -> None:
     assert words.percent(0.63449) == "63.4 %" and words.percent(None) == "–"
     assert words.interval([0.58, 0.687], share=True) == "58.0–68.7 %"
-    assert (
-        words.interval([-1.5, 2.0]) == "−1.50 to 2.00" and words.interval(None) == "" and words.interval([NAN, 1]) == ""
-    )
-    assert (
-        words.change(0.5, 0.45, share=True) == "−5.0 pp"
-        and words.change(None, 1) == ""
-        and words.change(1, 3) == "+2.00"
-    )
-    assert (
-        words.duration(7.0) == "7.00 s"
-        and words.duration(200.4) == "3 min 20 s"
-        and words.duration(7500) == "2 h 05 min"
-    )
+    assert words.interval([-1.5, 2.0]) == "−1.50 to 2.00" and words.interval(None) == "" and words.interval([NAN, 1]) == ""
+    assert words.change(0.5, 0.45, share=True) == "−5.0 pp" and words.change(None, 1) == "" and words.change(1, 3) == "+2.00"
+    assert words.duration(7.0) == "7.00 s" and words.duration(200.4) == "3 min 20 s" and words.duration(7500) == "2 h 05 min"
 
 
 def test_importing_costs_nothing() -> None:
@@ -519,3 +509,23 @@ def test_page_promises_only_what_it_shows(tmp_path: Path) -> None:
         assert said not in Page(page_of(bare)).text
     empty = Page(page_of(tmp_path / "none"))
     assert "plots/" not in empty.text
+
+
+def test_half_a_page_never_replaces_a_whole_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = report.write(run).read_bytes()
+    (run / "samples.jsonl").unlink()
+
+    def full_disk(path: Path, content: bytes) -> int:
+        with path.open("wb") as half:
+            half.write(content[:100])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        report.write(run)
+    assert (run / "report.html").read_bytes() == whole
+    assert not [path for path in run.rglob("*") if ".tmp" in path.name]
+
+
+def test_verdict_for_the_terminal_is_the_one_on_the_page(run: Path) -> None:
+    assert report.verdict(run) in Page(page_of(run)).text.replace("\N{NO-BREAK SPACE}", " ")

@@ -174,6 +174,13 @@ def sentiment_weights(texts: list[Text]) -> tuple[dict[str, float], dict[str, st
     return {f: float(weight[i]) for f, i in column.items() if i in kept}, choices
 
 
+def with_sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in alphabetical order: safetensors writes it in a random one."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return content[:8] + header.encode().ljust(size) + content[8 + size :]
+
+
 def write(name: str, weight_of: dict[str, float], dtype: type[np.generic], metadata: dict[str, str]) -> int:
     """Write hashed features, in the order of their hashes, into one packaged file; returns its bytes."""
     hashed = {scorers.key(feature): weight for feature, weight in weight_of.items()}
@@ -181,7 +188,7 @@ def write(name: str, weight_of: dict[str, float], dtype: type[np.generic], metad
         raise SystemExit(f"{len(weight_of) - len(hashed)} features of {name} share a hash: they would be confused")
     keys = np.array(sorted(hashed), dtype=np.uint64)
     values = np.array([hashed[k] for k in sorted(hashed)], dtype=dtype)
-    content = save({"keys": keys, "weights": values}, metadata)
+    content = with_sorted_header(save({"keys": keys, "weights": values}, metadata))
     ASSETS.mkdir(parents=True, exist_ok=True)
     (ASSETS / f"{name}.safetensors").write_bytes(content)
     scorers.weights.cache_clear()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from preftune.data.options import DataOptions, Source
+from preftune.data.options import DataOptions, Sources
 from preftune.errors import Refusal, nearest
 from preftune.models.options import AdapterOptions, Dtype
 from preftune.training.options import TrainOptions
@@ -45,7 +45,7 @@ class WithModel(Group):
 
 class TrainKeys(WithModel):
     data: DataOptions = Field(description="What to train on: a source or a list of sources.")
-    eval_data: list[Source] = Field([], description="Held-out data; absent: 5 % of the prompts, at most 1,000.")
+    eval_data: Sources = Field([], description="Held-out data; absent: 5 % of the prompts, at most 1,000.")
     method: MethodOptions = MethodOptions()
     reference: ReferenceOptions = ReferenceOptions()
     beta: Positive = Field(0.1, description="How strongly the policy is held to the reference.")
@@ -151,7 +151,7 @@ def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
 def build(keys: type[Keys], raw: dict[str, Any]) -> Keys:
     """Checks a nested dict (short forms expanded) against a verb's keys."""
     try:
-        return keys.model_validate(_sources_as_dicts(_expand(raw)))
+        return keys.model_validate(_expand(raw))
     except ValidationError as error:
         raise _refusal(keys, error) from None
 
@@ -261,24 +261,7 @@ def _expand(layer: dict[str, Any]) -> dict[str, Any]:
             value = {k: v for k, v in value.items() if k not in _SOURCE_ONLY} | {"sources": [inside]}
         elif main is not None and not isinstance(value, dict):
             value = {main: value}
-        if main == "sources" and not isinstance(value.get("sources", []), list):
-            value = value | {"sources": [value["sources"]]}
-        if key == "eval_data" and not isinstance(value, list):
-            value = [value]
         result[key] = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-    return result
-
-
-def _sources_as_dicts(raw: dict[str, Any]) -> dict[str, Any]:
-    def one(source: Any) -> Any:
-        return {"path": source} if isinstance(source, str) else source
-
-    result = dict(raw)
-    for key in ("data", "prompts"):
-        if isinstance(result.get(key), dict) and isinstance(result[key].get("sources"), list):
-            result[key] = result[key] | {"sources": [one(s) for s in result[key]["sources"]]}
-    if isinstance(result.get("eval_data"), list):
-        result["eval_data"] = [one(s) for s in result["eval_data"]]
     return result
 
 

@@ -43,10 +43,14 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One answer. `origins` lists every place it was read from; `id` is a digest of its content."""
+    """One answer. `origins` lists every place it was read from; `id` is a digest of its content.
+
+    `finished` is False for a sample that a length limit cut: no end token belongs after it.
+    """
 
     content: Content
     origins: tuple[Origin, ...] = ()
+    finished: bool = True
 
     @property
     def id(self) -> str:

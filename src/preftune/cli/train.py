@@ -14,7 +14,9 @@ log = logging.getLogger("preftune")
 def run(words: list[str], as_json: bool) -> dict[str, Any] | None:
     keys = resolve(TrainKeys, words)
     from preftune.runs.train import train
+    from preftune.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     with Watch() as watch:
         result = train(keys, progress=watch)
     if result is None:

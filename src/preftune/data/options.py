@@ -28,11 +28,14 @@ class Source(BaseModel):
 
 
 def _listed(value: Any) -> Any:
-    """One source alone is a list of one; paths are text."""
+    """One source alone is a list of one; a path alone is a source."""
     items: Any = [value] if isinstance(value, (str, Path, dict, Source)) else value
     if not isinstance(items, list):
         return items
-    return [str(item) if isinstance(item, Path) else item for item in cast("list[Any]", items)]
+    return [{"path": str(item)} if isinstance(item, (str, Path)) else item for item in cast("list[Any]", items)]
+
+
+Sources = Annotated[list[Source], BeforeValidator(_listed)]
 
 
 class DataOptions(BaseModel):
@@ -40,8 +43,8 @@ class DataOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    sources: Annotated[list[str | Source], BeforeValidator(_listed)] = Field(
-        default_factory=list[str | Source], description="Files, folders and hub names, read one after the other."
+    sources: Sources = Field(
+        default_factory=list[Source], description="Files, folders and hub names, read one after the other."
     )
     format: _Format = None
     split: _Split = None

@@ -99,7 +99,7 @@ def enforce(reading_rows: int, dropped: Counter[str], findings: Iterable[Finding
         raise Refusal(f"none of {reading_rows:,} rows could be used: {told}{hint}", code="nothing_kept", **place)
     if count > reading_rows / 2 and not allow_drops:
         what = f"{count:,} of {reading_rows:,} rows were dropped: {told}; data.allow_drops=true goes on without them"
-        raise Refusal(what, code="too_many_dropped", **place)
+        raise Refusal(what, code="too_many_dropped", file=place.get("file"))
 
 
 def _take(stream: Stream, grouping: Grouping, reading: Reading) -> None:

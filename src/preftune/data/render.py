@@ -181,7 +181,8 @@ class Speaker:
             lead, start = self._first_token(), 1
         rendered: list[Rendered] = []
         for n, ids in enumerate(joined):
-            ended = lead + tuple(self._end(ids, start - len(lead), group.prompt))
+            finished = group.responses[n].finished
+            ended = lead + tuple(self._end(ids, start - len(lead), group.prompt) if finished else ids)
             rendered.append(Rendered(0, n, ended, start, self._mask(group, n, ended, start, lead)))
         return rendered
 

@@ -1,1 +1,2 @@
-"""The demo: the DPO paper's controlled-sentiment experiment with a small film-review model and its two scorers."""
+"""The packaged experiment: a small film-review model, two judges of sentiment, and the DPO paper's controlled-sentiment
+task in miniature. The scorers know no torch; `experiment` puts the rooms below together."""

@@ -83,9 +83,9 @@ def _trace(trace: Trace, frame: _Frame) -> list[str]:
         if span and y is not None:
             parts.append(f'<path class="spread {ink}" d="M{frame.x(span[0])} {frame.y(y)}H{frame.x(span[1])}"/>')
     if trace.kind == "dots":
-        radius = 3.2 if len(trace.points) <= 40 else 1.6
+        size, radius = ("", 3.2) if len(trace.points) <= 40 else (" small", 1.4)
         dots = [(frame.x(x), frame.y(y)) for x, y in trace.points if y is not None]
-        parts += [f'<circle class="dot {ink}" cx="{x}" cy="{y}" r="{radius}"/>' for x, y in dots]
+        parts += [f'<circle class="dot{size} {ink}" cx="{x}" cy="{y}" r="{radius}"/>' for x, y in dots]
     for note, (x, y) in zip(trace.notes, trace.points, strict=False):
         if note and y is not None:
             parts.append(_note(note, frame.x(x), frame.y(y)))

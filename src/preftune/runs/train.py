@@ -77,6 +77,7 @@ def fit(
     reference: Any = None,
     eval_groups: Sequence[Group] | None = None,
     out: str | Path | None = None,
+    progress: Progress | None = None,
     **keys: Any,
 ) -> Run:
     """Trains `model` in place on groups at hand, without config or files.
@@ -89,6 +90,7 @@ def fit(
         reference: another model; None: `model` as it is now.
         eval_groups: held-out groups; None: 5 % of the prompts by hash.
         out: a run folder to write; None: no files.
+        progress: called with (phase, done, total, last metrics).
         **keys: the keys of a run: `beta=0.1, learning_rate=1e-6, train={"eval_every": 50}, adapter="lora"` ...
 
     Returns:
@@ -115,7 +117,7 @@ def fit(
     adapter = is_adapter(model) or options.adapter.type != "none"
     options = _resolved(options, name, folder, limit, adapter=adapter)
     sources = References(other=None if reference is None else lambda dtype: reference, again=None)
-    return _go(model, tokenizer, rendered, name, options, sources, folder, options.model, None)
+    return _go(model, tokenizer, rendered, name, options, sources, folder, options.model, progress)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from preftune.data.render import Batch
 from preftune.errors import RunFailed
 from preftune.scoring.plan import pack_examples
 from preftune.scoring.score import default_budget, score
+from preftune.training.memory import memory_gb
 from preftune.training.method import Example, Method
 from preftune.training.options import TrainOptions
 from preftune.training.precision import Weights, gradient_norm
@@ -189,11 +189,3 @@ def _microbatches(examples: Sequence[Example], needs: list[list[int]], batch: Ba
     order = sorted(range(len(examples)), key=lambda n: (-longest[examples[n].group], examples[n].group, -own[n], n))
     packed = pack_examples([needs[n] for n in order], lengths, budget)
     return [[order[p] for p in places] for places in packed]
-
-
-def memory_gb() -> float:
-    """Peak memory so far: of the accelerator where there is one, else of the process. 1 GB = 10^9 bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

@@ -1,0 +1,37 @@
+# Everything a person or CI runs. `make` alone lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,tensorboard]'
+	touch $@
+
+setup: $(READY)   ## create .venv and install the pinned requirements
+
+demo: $(READY)    ## the controlled-sentiment experiment, from the packaged model to a verdict
+	$(BIN)/preftune demo
+
+test: $(READY)    ## lint, types and tests, as CI runs them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+mutate: $(READY)  ## break the source on purpose, one small change at a time: every parity test must fail
+	$(BIN)/python tests/mutate.py
+
+model: $(READY)   ## rebuild the packaged film-review model and its scorers from the NLTK corpora (about an hour)
+	$(MAKE) -C examples/controlled_sentiment PYTHON=$(abspath $(BIN))/python
+
+clean:            ## remove .venv and caches
+	rm -rf $(VENV) build .pytest_cache .ruff_cache
+
+.PHONY: help setup demo test mutate model clean
