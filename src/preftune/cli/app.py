@@ -11,13 +11,15 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Annotated, Any
 
-import click
 import typer
 
 from preftune import __version__
 from preftune.cli.console import setup
 from preftune.config import VERB_KEYS, all_keys
 from preftune.errors import PreftuneError, Refusal, nearest
+
+# typer carries a click of its own, which has no public name there
+UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     add_completion=False,
@@ -86,11 +88,11 @@ def run(arguments: list[str] | None = None) -> None:
         typer.main.get_command(app).main(arguments or ["--help"], prog_name="preftune", standalone_mode=False)
     except PreftuneError as error:
         _fail(error, arguments)
-    except click.exceptions.UsageError as error:
+    except UsageError as error:
         _fail(_usage(error, arguments), arguments)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
         sys.exit(done.exit_code)
     except BrokenPipeError:
         sys.exit(0)
@@ -103,13 +105,13 @@ def _fail(error: PreftuneError, arguments: list[str]) -> None:
     sys.exit(error.exit_code)
 
 
-def _usage(error: click.exceptions.UsageError, arguments: list[str]) -> Refusal:
+def _usage(error: Any, arguments: list[str]) -> Refusal:
     """Click's complaint in our words: a flag that is meant as a key, or a verb that is not there."""
     option: Any = getattr(error, "option_name", None)
     if option and option.startswith("--"):
         key = option.lstrip("-").replace("-", "_").split("=")[0]
         return Refusal(
-            f"there is no flag {option}; keys are written key=value: {key}=... (flags are only --help --json --quiet --version)",
+            f"there is no flag {option}; keys are written key=value: {key}=... (flags: --help --json --quiet --version)",
             code="unknown_flag",
         )
     words = [a for a in arguments if not a.startswith("-")]

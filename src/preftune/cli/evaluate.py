@@ -30,9 +30,8 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
 def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
     assert keys.data is not None
     if keys.prompts or keys.scorer:
-        raise Refusal(
-            "prompts and scorer belong to a win rate: name the other model with against=...", code="missing_key", key="against"
-        )
+        line = "prompts and scorer belong to a win rate: name the other model with against=..."
+        raise Refusal(line, code="missing_key", key="against")
     from preftune.cli.common import open_data
     from preftune.evaluation.evaluate import evaluate
 
@@ -58,9 +57,8 @@ def _win_rate(keys: EvaluateKeys) -> dict[str, Any]:
 
     if keys.prompts is None or keys.scorer is None or keys.against is None:
         missing = "prompts" if keys.prompts is None else "scorer"
-        raise Refusal(
-            "a win rate needs against=..., prompts=... and scorer=package.module:function", code="missing_key", key=missing
-        )
+        line = "a win rate needs against=..., prompts=... and scorer=package.module:function"
+        raise Refusal(line, code="missing_key", key=missing)
     scorer = load_scorer(keys.scorer)
     for ref, key in ((keys.model, "model"), (keys.against, "against")):
         inspect.check_vocabulary(inspect.facts(inspect.resolve(ref, key), key))

@@ -81,7 +81,7 @@ def held_out(
 
 def _index(batch: Batch, examples: Sequence[Example]) -> Tensor:
     rows = [[batch.index(e.group, r) for r in e.responses] for e in examples]
-    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), -1)
+    return torch.tensor(rows, dtype=torch.long) if rows else torch.zeros(0, 2, dtype=torch.long)
 
 
 def _lengths(batch: Batch) -> Tensor:

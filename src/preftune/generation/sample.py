@@ -67,11 +67,18 @@ def sample(
             rows, jobs = jobs[:count], jobs[count:]
             for job, ids in zip(rows, _generate(model, [prompts[p] for p, _ in rows], sampling, ends, streamer), strict=True):
                 finish = "stop" if ids and ids[-1] in ends else "length"
-                text = tokenizer.decode(ids, skip_special_tokens=True)
+                text = continuation_text(tokenizer, prompts[job[0]], ids)
                 found[job] = Sample(job[0], job[1], tuple(prompts[job[0]]), tuple(ids), text, finish)
             if progress:
                 progress(len(rows))
     return [found[key] for key in sorted(found)]
+
+
+def continuation_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that the new tokens add to the prompt's. Decoded alone, many tokenizers would lose its first space."""
+    before = tokenizer.decode(list(prompt), skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -27,14 +27,14 @@ def add_lora(model: Any, options: AdapterOptions, *, seed: int) -> Any:
         lora_dropout=options.dropout,
         target_modules=options.target_modules or "all-linear",
     )
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Linear" in type(module).__name__}
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Linear" in type(module).__name__}
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # A starts random, B at zero
             return get_peft_model(model, config)
     except ValueError as error:
         raise Refusal(
-            f"no layer of the model is named {', '.join(options.target_modules)}; its linear layers: {', '.join(sorted(names))}",
+            f"no layer is named {', '.join(options.target_modules)}; the model's linear layers: {', '.join(sorted(linear))}",
             code="no_target_modules",
             key="adapter.target_modules",
         ) from error

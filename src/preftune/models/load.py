@@ -104,7 +104,8 @@ def check_tokenizer(model: Any, tokenizer: Any, reference: Any = None) -> None:
     other = size if reference is None else reference.get_input_embeddings().weight.shape[0]
     if other != size:
         raise Refusal(
-            f"the policy has a vocabulary of {size:,} and the reference one of {other:,}: log-ratios of their tokens mean nothing",
+            f"the policy has a vocabulary of {size:,} and the reference one of {other:,}: "
+            "log-ratios of their tokens mean nothing",
             code="vocabulary_mismatch",
             key="reference",
         )
