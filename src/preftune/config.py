@@ -27,93 +27,103 @@ class Group(BaseModel):
 
 
 class MethodOptions(Group):
-    name: str | None = Field(None, description="sft or dpo; absent: by the kind of marks in the data, said aloud.")
+    name: str | None = Field(default=None, description="sft or dpo; absent: by the kind of marks in the data, said aloud.")
 
 
 class ReferenceOptions(Group):
-    model: str | None = Field(None, description="Folder, hub name or run; absent: the starting policy.")
+    model: str | None = Field(default=None, description="Folder, hub name or run; absent: the starting policy.")
 
 
 class WithModel(Group):
     """What every verb that loads a model takes."""
 
     model: str = Field(description="Folder, hub name, or a run folder (its model/).")
-    trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
-    dtype: Dtype | None = Field(None, description="float32 or bfloat16; training: bfloat16 where the hardware has it.")
-    seed: int = Field(0, description="Of shuffling, sampling and intervals.")
+    trust_remote_code: bool = Field(default=False, description="Run code that the model's folder brings along.")
+    dtype: Dtype | None = Field(default=None, description="float32 or bfloat16; training: bfloat16 where the hardware has it.")
+    seed: int = Field(default=0, description="Of shuffling, sampling and intervals.")
 
 
 class TrainKeys(WithModel):
     data: DataOptions = Field(description="What to train on: a source or a list of sources.")
-    eval_data: Sources = Field([], description="Held-out data; absent: 5 % of the prompts, at most 1,000.")
+    eval_data: Sources = Field(default=[], description="Held-out data; absent: 5 % of the prompts, at most 1,000.")
     method: MethodOptions = MethodOptions()
     reference: ReferenceOptions = ReferenceOptions()
-    beta: Positive = Field(0.1, description="How strongly the policy is held to the reference.")
-    batch_size: Count = Field(32, description="Comparisons or demonstrations per optimizer step.")
-    steps: Count | None = Field(None, description="Optimizer steps; wins over epochs.")
-    epochs: Positive = Field(1.0, description="Passes over the training data.")
-    learning_rate: Positive | None = Field(None, description="Default by method: DPO 1e-6, SFT 2e-5; LoRA ten times that.")
-    max_length: Count | None = Field(None, description="Most tokens of prompt plus response; default: the model's positions.")
+    beta: Positive = Field(default=0.1, description="How strongly the policy is held to the reference.")
+    batch_size: Count = Field(default=32, description="Comparisons or demonstrations per optimizer step.")
+    steps: Count | None = Field(default=None, description="Optimizer steps; wins over epochs.")
+    epochs: Positive = Field(default=1.0, description="Passes over the training data.")
+    learning_rate: Positive | None = Field(
+        default=None, description="Default by method: DPO 1e-6, SFT 2e-5; LoRA ten times that."
+    )
+    max_length: Count | None = Field(
+        default=None, description="Most tokens of prompt plus response; default: the model's positions."
+    )
     adapter: AdapterOptions = AdapterOptions()
     train: TrainOptions = TrainOptions()
-    out: str | None = Field(None, description="Run folder; default runs/<method>-<date>-<n>.")
-    overwrite: bool = Field(False, description="Move a run that is there to .old-1 instead of refusing.")
-    dry_run: bool = Field(False, description="Resolve, check, show three rendered rows, stop.")
+    out: str | None = Field(default=None, description="Run folder; default runs/<method>-<date>-<n>.")
+    overwrite: bool = Field(default=False, description="Move a run that is there to .old-1 instead of refusing.")
+    dry_run: bool = Field(default=False, description="Resolve, check, show three rendered rows, stop.")
 
 
 class EvaluateKeys(WithModel):
-    data: DataOptions | None = Field(None, description="Judged data: accuracy, loss and KL on it.")
-    against: str | None = Field(None, description="Another model: win rate of one sample each per prompt.")
-    prompts: DataOptions | None = Field(None, description="Any data source; its prompts are used for the win rate.")
-    scorer: str | None = Field(None, description="package.module:function taking (prompts, responses).")
+    data: DataOptions | None = Field(default=None, description="Judged data: accuracy, loss and KL on it.")
+    against: str | None = Field(default=None, description="Another model: win rate of one sample each per prompt.")
+    prompts: DataOptions | None = Field(default=None, description="Any data source; its prompts are used for the win rate.")
+    scorer: str | None = Field(default=None, description="package.module:function taking (prompts, responses).")
     reference: ReferenceOptions = ReferenceOptions()
     method: MethodOptions = MethodOptions()
-    beta: Positive = Field(0.1, description="Of the loss and the rewards.")
-    max_length: Count | None = Field(None, description="Most tokens of prompt plus response; default: the model's positions.")
-    kl_samples: Annotated[int, Field(ge=0)] = Field(64, description="Prompts sampled for the KL; 0: no KL.")
-    max_new_tokens: Count = Field(128, description="Longest sample.")
+    beta: Positive = Field(default=0.1, description="Of the loss and the rewards.")
+    max_length: Count | None = Field(
+        default=None, description="Most tokens of prompt plus response; default: the model's positions."
+    )
+    kl_samples: Annotated[int, Field(ge=0)] = Field(default=64, description="Prompts sampled for the KL; 0: no KL.")
+    max_new_tokens: Count = Field(default=128, description="Longest sample.")
 
 
 class GenerateKeys(WithModel):
     prompts: DataOptions = Field(description="Any data source; its prompts are used.")
-    out: str | None = Field(None, description="A .jsonl file; default: standard output.")
-    samples: Count = Field(1, description="Samples per prompt.")
-    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="0: the likeliest token each time.")
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Only the k likeliest tokens; 0: all.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Only the likeliest tokens with this mass; 1: all.")
-    beams: Count = Field(1, description="Beam search with this many beams, without sampling.")
-    max_new_tokens: Count = Field(128, description="Longest sample.")
-    overwrite: bool = Field(False, description="Replace the file at out.")
+    out: str | None = Field(default=None, description="A .jsonl file; default: standard output.")
+    samples: Count = Field(default=1, description="Samples per prompt.")
+    temperature: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0: the likeliest token each time.")
+    top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="Only the k likeliest tokens; 0: all.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="Only the likeliest tokens with this mass; 1: all."
+    )
+    beams: Count = Field(default=1, description="Beam search with this many beams, without sampling.")
+    max_new_tokens: Count = Field(default=128, description="Longest sample.")
+    overwrite: bool = Field(default=False, description="Replace the file at out.")
 
 
 class ScoreKeys(WithModel):
     data: DataOptions = Field(description="Responses to score.")
     out: str = Field(description="A .jsonl file, one line per distinct response.")
     reference: ReferenceOptions = ReferenceOptions()
-    beta: Positive = Field(0.1, description="reward = beta * (logp - reference_logp).")
-    token_logps: bool = Field(False, description="Also the log-probability of every scored token.")
-    max_length: Count | None = Field(None, description="Most tokens of prompt plus response; default: the model's positions.")
-    overwrite: bool = Field(False, description="Replace the file at out.")
+    beta: Positive = Field(default=0.1, description="reward = beta * (logp - reference_logp).")
+    token_logps: bool = Field(default=False, description="Also the log-probability of every scored token.")
+    max_length: Count | None = Field(
+        default=None, description="Most tokens of prompt plus response; default: the model's positions."
+    )
+    overwrite: bool = Field(default=False, description="Replace the file at out.")
 
 
 class ChatKeys(WithModel):
-    system: str | None = Field(None, description="A system message.")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.7, description="0: the likeliest token each time.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="Only the likeliest tokens with this mass.")
-    max_new_tokens: Count = Field(256, description="Longest answer.")
+    system: str | None = Field(default=None, description="A system message.")
+    temperature: Annotated[float, Field(ge=0)] = Field(default=0.7, description="0: the likeliest token each time.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=0.95, description="Only the likeliest tokens with this mass.")
+    max_new_tokens: Count = Field(default=256, description="Longest answer.")
 
 
 class MergeKeys(Group):
     out: str = Field(description="Folder for the merged model.")
-    trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
-    overwrite: bool = Field(False, description="Move a folder that is there to .old-1 instead of refusing.")
+    trust_remote_code: bool = Field(default=False, description="Run code that the model's folder brings along.")
+    overwrite: bool = Field(default=False, description="Move a folder that is there to .old-1 instead of refusing.")
 
 
 class DemoKeys(Group):
-    betas: list[Positive] = Field([0.05], description="One run per beta; several draw the frontier.")
-    out: str | None = Field(None, description="Run folder; default runs/demo-<date>-<n>.")
-    overwrite: bool = Field(False, description="Move a run that is there to .old-1 instead of refusing.")
-    seed: int = Field(0, description="Of sampling, shuffling and intervals.")
+    betas: list[Positive] = Field(default=[0.05], description="One run per beta; several draw the frontier.")
+    out: str | None = Field(default=None, description="Run folder; default runs/demo-<date>-<n>.")
+    overwrite: bool = Field(default=False, description="Move a run that is there to .old-1 instead of refusing.")
+    seed: int = Field(default=0, description="Of sampling, shuffling and intervals.")
 
 
 VERB_KEYS: dict[str, type[Group]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from preftune import methods
@@ -93,9 +94,9 @@ def compare(
     Returns:
         `prompts, win_rate, win_rate_interval, wins, ties, losses, length, length_against` (mean new tokens), `scorer`.
     """
-    how = {"template": template, "max_new_tokens": max_new_tokens, "seed": seed}
-    ours = sample_prompts(model, tokenizer, groups, **how)
-    theirs = sample_prompts(against, against_tokenizer or tokenizer, groups, **how)
+    one_each = partial(sample_prompts, groups=groups, template=template, max_new_tokens=max_new_tokens, seed=seed)
+    ours = one_each(model, tokenizer)
+    theirs = one_each(against, against_tokenizer or tokenizer)
     both = sorted({s.prompt_index for s in ours} & {s.prompt_index for s in theirs})
     place = [{s.prompt_index: s for s in side} for side in (ours, theirs)]
     prompts = [prompt_text(groups[n]) for n in both]

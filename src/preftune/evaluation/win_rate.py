@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from preftune.errors import Refusal
 from preftune.evaluation.intervals import mean_interval
@@ -24,12 +24,12 @@ def load_scorer(name: str) -> Scorer:
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        scorer = getattr(importlib.import_module(module_name), function)
+        scorer: Any = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise Refusal(f"{name} cannot be imported: {error}", code="bad_scorer", key="scorer") from error
     if not callable(scorer):
         raise Refusal(f"{name} is not a function", code="bad_scorer", key="scorer")
-    return scorer
+    return cast(Scorer, scorer)
 
 
 def judge(scorer: Scorer, prompts: list[str], responses: list[str], name: str) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ def trainable_adapter(model: Any) -> Any:
 
 
 @contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
+def adapter_off(model: Any) -> Generator[None]:
     """The base model for the time of the call, with the gradients of exactly the same parameters on afterwards."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     with model.disable_adapter():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def load_model(ref: str, *, dtype: torch.dtype = torch.float32, key: str = "mode
     path = resolve(ref, key)
     adapter = facts(path, key).adapter
     with _refusing(ref, "model", key), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             _base(path) if adapter else path, dtype=dtype, trust_remote_code=trust_remote_code
         )
         if adapter:
@@ -112,7 +112,7 @@ def check_tokenizer(model: Any, tokenizer: Any, reference: Any = None) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Progress bars of other libraries hide our own lines."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -124,7 +124,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _refusing(ref: str, what: str, key: str) -> Iterator[None]:
+def _refusing(ref: str, what: str, key: str) -> Generator[None]:
     """Turns what the loaders raise for a bad folder or name into one line."""
     try:
         yield

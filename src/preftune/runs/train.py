@@ -169,6 +169,7 @@ def _go(
         **({"progress": progress} if progress else {}),
     )
     started = time.time()
+    environment: dict[str, Any] = {}
     if out is not None:
         files.make(out)
         files.write_text(out / "config.yaml", dump(keys))

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import signal as signals
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,7 +284,7 @@ def _kl(job: Job, weights: Weights, samples: list[Sample]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _open_metrics(job: Job) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _open_metrics(job: Job) -> Generator[Callable[[dict[str, Any]], None]]:
     """A function that appends a line to metrics.jsonl (flushed) and to the trackers."""
     if job.out is None:
         yield lambda line: None

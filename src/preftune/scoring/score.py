@@ -6,7 +6,7 @@ One padded row per response, the model's own logits, float32 log-softmax: right 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -132,7 +132,7 @@ def _forward(model: Any, sequences: Sequence[Rendered], want: Sequence[Want]) ->
 
 
 @contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Generator[None]:
     """Dropout off for the time of the call. A model in evaluation mode is left as it is, so an adapter's own dropout may
     be on where the caller switched it on."""
     if not model.training:

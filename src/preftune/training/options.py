@@ -14,21 +14,23 @@ class TrainOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     eval_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="Optimizer steps between evaluations on the held-out data; 0: before and after training only."
+        default=0, description="Optimizer steps between evaluations on the held-out data; 0: before and after training only."
     )
     keep_best: bool = Field(
-        True, description="With eval_every: model/ holds the weights with the lowest held-out loss, not the last ones."
+        default=True, description="With eval_every: model/ holds the weights with the lowest held-out loss, not the last ones."
     )
     save_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="Optimizer steps between checkpoints; 0: none but the last weights, or those of an interruption."
+        default=0, description="Optimizer steps between checkpoints; 0: none but the last weights, or those of an interruption."
     )
-    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(2, description="Newest checkpoints kept.")
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(default=2, description="Newest checkpoints kept.")
     tokens_per_microbatch: Annotated[int, Field(ge=1)] | None = Field(
-        None,
+        default=None,
         description="Most padded tokens of one pass; changes memory and speed, never the result. Default: by vocabulary.",
     )
-    warmup: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="Share of the steps with rising learning rate.")
-    schedule: Schedule = Field("cosine", description="Course of the learning rate after the warm-up.")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay.")
-    trackers: list[Tracker] = Field([], description="Where metrics go besides metrics.jsonl: tensorboard.")
+    warmup: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="Share of the steps with rising learning rate."
+    )
+    schedule: Schedule = Field(default="cosine", description="Course of the learning rate after the warm-up.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Gradients are clipped to this norm.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
+    trackers: list[Tracker] = Field(default=[], description="Where metrics go besides metrics.jsonl: tensorboard.")

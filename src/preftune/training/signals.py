@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,7 +21,7 @@ class Stop:
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
+def stoppable() -> Generator[Stop]:
     """While inside, Ctrl-C and SIGTERM set the flag. Only the main thread may hold handlers; elsewhere it stays unset."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
