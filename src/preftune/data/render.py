@@ -36,7 +36,7 @@ class Rendered:
     @property
     def length(self) -> int:
         """Scored tokens, the end token included."""
-        return sum(self.mask) if self.mask is not None else len(self.ids) - self.start
+        return sum(self.mask) if self.mask is not None else max(0, len(self.ids) - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +181,7 @@ class Speaker:
             lead, start = self._first_token(), 1
         rendered: list[Rendered] = []
         for n, ids in enumerate(joined):
-            finished = group.responses[n].finished
-            ended = lead + tuple(self._end(ids, start - len(lead), group.prompt) if finished else ids)
+            ended = lead + tuple(self._end(ids, start - len(lead), group.prompt, finished=group.responses[n].finished))
             rendered.append(Rendered(0, n, ended, start, self._mask(group, n, ended, start, lead)))
         return rendered
 
@@ -194,13 +193,17 @@ class Speaker:
         self.say_once("a prompt without tokens and a tokenizer without start token: the end token stands first")
         return (self.end_token,)
 
-    def _end(self, ids: list[int], start: int, prompt: Content) -> list[int]:
-        """ids up to and with the one end-of-turn or end token."""
+    def _end(self, ids: list[int], start: int, prompt: Content, *, finished: bool) -> list[int]:
+        """ids up to and with the one end-of-turn or end token; without it where the response is not finished."""
         if isinstance(prompt, str) or self.plain:
             if self.end_token is None:
                 self.say_once("the tokenizer has no end token: responses are scored without one")
-            return ids if self.end_token is None or ids[-1] == self.end_token else [*ids, self.end_token]
+                return ids
+            bare = ids[:-1] if ids and ids[-1] == self.end_token else ids
+            return [*bare, self.end_token] if finished else bare
         end, tail = self._turn_end(ids, start)
+        if not finished:
+            return ids[: tail if end is None else end - 1]
         if end is not None:
             return ids[:end]
         return ids[:tail] + ([] if self.end_token is None else [self.end_token])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from preftune.data.render import Batch
 from preftune.evaluation.intervals import mean_interval
-from preftune.methods.dpo import comparisons, right_sign
+from preftune.methods.pairs import comparisons, right_sign
 from preftune.training.method import Example, Method
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from preftune import losses
-from preftune.records import Comparison, Group
+from preftune.methods.pairs import comparisons, pair_metrics
+from preftune.records import Group
 from preftune.training.method import Example
 
 
@@ -39,36 +39,3 @@ class DPO:
         chosen, rejected = index.unbind(1)
         loss = losses.dpo(policy_logp, reference_logp, chosen, rejected, preference=preference, weight=weight, beta=self.beta)
         return loss, pair_metrics(policy_logp.detach(), reference_logp, length, index, preference, self.beta)
-
-
-def comparisons(groups: Sequence[Group]) -> list[Example]:
-    """Every comparison as (chosen, rejected), the likelier winner first."""
-    found: list[Example] = []
-    for n, group in enumerate(groups):
-        for mark in group.marks:
-            if isinstance(mark, Comparison):
-                chosen, rejected, preference = mark.ordered
-                found.append(Example(n, (chosen, rejected), preference, mark.weight, mark.origin))
-    return found
-
-
-def pair_metrics(
-    policy_logp: Tensor, reference_logp: Tensor, length: Tensor, index: Tensor, preference: Tensor, beta: float
-) -> dict[str, Tensor]:
-    """[P] each; margin without beta, reward = beta * log_ratio."""
-    log_ratio = policy_logp - reference_logp
-    reward = losses.rewards(policy_logp, reference_logp, beta)
-    chosen, rejected = index.unbind(1)
-    margin = log_ratio[chosen] - log_ratio[rejected]
-    metrics = {"margin": margin, "accuracy": right_sign(margin, preference)}
-    for name, values in (("reward", reward), ("logp", policy_logp), ("log_ratio", log_ratio), ("length", length)):
-        metrics[f"{name}/chosen"] = values[chosen]
-        metrics[f"{name}/rejected"] = values[rejected]
-    return metrics
-
-
-def right_sign(margin: Tensor, preference: Tensor) -> Tensor:
-    """1 where the margin favours the likelier winner, 0 where not, one half at a margin of 0, NaN for ties."""
-    right = torch.where(margin > 0, 1.0, torch.where(margin < 0, 0.0, 0.5))
-    right = torch.where(preference < 0.5, 1 - right, right)
-    return torch.where(preference == 0.5, torch.nan, right)

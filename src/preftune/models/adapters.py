@@ -31,7 +31,7 @@ def add_lora(model: Any, options: AdapterOptions, *, seed: int) -> Any:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # A starts random, B at zero
-            return get_peft_model(model, config)
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise Refusal(
             f"no layer is named {', '.join(options.target_modules)}; the model's linear layers: {', '.join(sorted(linear))}",

@@ -44,7 +44,7 @@ def load_model(ref: str, *, dtype: torch.dtype = torch.float32, key: str = "mode
         if adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, path)
+            model = PeftModel.from_pretrained(model, path, autocast_adapter_dtype=False)
     return model.to(device()).eval()
 
 

@@ -88,6 +88,9 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
     ]
     findings = [f for part in parts for f in part.findings]
     say_drops(findings)
+    formats = {source["format"] for reading, _ in data.readings for source in reading.sources}
+    if "hh" in formats and getattr(tokenizer, "chat_template", None) and template is None:
+        log.info("the model has a chat template, and HH dialogues are read as text: data.format=hh_messages uses it")
     rows = sum(reading.rows for reading, _ in data.readings)
     lost = [f for reading, _ in data.readings for f in reading.findings] + findings
     dropped = sum((reading.dropped for reading, _ in data.readings), Counter[str]()) + by_row(findings)

@@ -21,8 +21,6 @@ from preftune.runs.prepare import Data, Rendered, from_groups, read_data, render
 from preftune.training import trackers
 
 if TYPE_CHECKING:
-    import torch
-
     from preftune.runs.trainer import Progress, Run
 
 log = logging.getLogger("preftune")
@@ -48,7 +46,10 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | None:
     out = files.choose_out(keys.out, data.method, overwrite=keys.overwrite)
 
     # from here on torch and transformers are needed
-    from preftune.models.load import load_model, load_tokenizer, positions_of
+    import torch
+
+    from preftune.models.load import device, load_model, load_tokenizer, positions_of
+    from preftune.training.precision import DTYPES, default_dtype
 
     trust = keys.trust_remote_code
     tokenizer = load_tokenizer(model_ref, trust_remote_code=trust)
@@ -58,13 +59,14 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | None:
     if keys.dry_run:
         preview.show(keys, rendered, tokenizer)
         return None
+    dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(device())
+    load = partial(load_model, dtype=dtype, trust_remote_code=trust)
     sources = References(
-        other=(lambda dtype: load_model(reference_ref, dtype=dtype, key="reference", trust_remote_code=trust))
-        if reference_ref
-        else None,
-        again=lambda dtype: load_model(model_ref, dtype=dtype, trust_remote_code=trust),
+        other=partial(load, reference_ref, key="reference") if reference_ref else None, again=partial(load, model_ref)
     )
-    model = load_model(model_ref, trust_remote_code=trust)
+    # weights that train are loaded in float32; under an adapter the frozen ones stay in the compute precision
+    frozen = known.adapter or keys.adapter.type != "none"
+    model = load(model_ref) if frozen else load(model_ref, dtype=torch.float32)
     return _go(model, tokenizer, rendered, data.method, keys, sources, out, model_ref, progress)
 
 
@@ -116,16 +118,16 @@ def fit(
     rendered = _rendered(data, tokenizer, options, limit)
     adapter = is_adapter(model) or options.adapter.type != "none"
     options = _resolved(options, name, folder, limit, adapter=adapter)
-    sources = References(other=None if reference is None else lambda dtype: reference, again=None)
+    sources = References(other=None if reference is None else lambda: reference, again=None)
     return _go(model, tokenizer, rendered, name, options, sources, folder, options.model, progress)
 
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """How to get, in a compute precision, another reference model, and the starting policy once more after training."""
+    """How to get another reference model, and the starting policy once more after training; None: there is none."""
 
-    other: Callable[[torch.dtype], Any] | None
-    again: Callable[[torch.dtype], Any] | None
+    other: Callable[[], Any] | None
+    again: Callable[[], Any] | None
 
 
 def _go(
@@ -163,8 +165,8 @@ def _go(
         keys=keys,
         dtype=dtype,
         new_adapter=new_adapter,
-        load_reference=None if sources.other is None else partial(sources.other, dtype),
-        load_start=None if sources.again is None else partial(sources.again, dtype),
+        load_reference=sources.other,
+        load_start=sources.again,
         out=out,
         **({"progress": progress} if progress else {}),
     )

@@ -26,7 +26,7 @@ from preftune.evaluation.held_out import held_out, method_metrics, needed_rows
 from preftune.evaluation.intervals import mean_interval
 from preftune.evaluation.kl import kl_per_response
 from preftune.generation.sample import Sample, Sampling, sample
-from preftune.methods.dpo import comparisons
+from preftune.methods.pairs import comparisons
 from preftune.models.adapters import adapter_off
 from preftune.models.load import max_positions, save_model
 from preftune.records import Group

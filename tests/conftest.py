@@ -1,0 +1,52 @@
+"""Fixtures that every test file shares. Models and tokenizers themselves are made in tiny.py."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _own_warnings_are_errors() -> None:
+    """A warning raised by a line of preftune's own fails the test. pytest puts the filters back after each test."""
+    warnings.filterwarnings("error", module=r"preftune(\.|$)")
+
+
+@pytest.fixture
+def shared() -> Any:
+    """shared("data/x.jsonl") or shared("models/x"): the path beside the checkout, or a skip that says what is missing."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"needs ../shared/{name}, which is not here")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    """The tiny tokenizer with start and end token and without a chat template."""
+    import tiny
+
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def model() -> Any:
+    """A tiny random Llama, in evaluation mode."""
+    import tiny
+
+    return tiny.model()
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples that a run writes before and after training are cut to three tokens."""
+    monkeypatch.setattr("preftune.runs.trainer.NEW_TOKENS", 3)

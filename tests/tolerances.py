@@ -1,0 +1,18 @@
+"""How far two ways to the same number may lie apart. One table, so that a loosened bound is seen.
+
+Each is absolute. float32 carries 24 bits; sums of some hundred terms in another order lose a few of them.
+"""
+
+from __future__ import annotations
+
+LOGP = 1e-4  # nats per response: the contract's bound for score against transformers' own log-softmax
+GRADIENT = 2e-5  # the same gradient by another cut of the batch, entries of size 1
+WEIGHTS = 1e-5  # weights after three optimizer steps by another cut, learning rate 1e-3
+FIRST_LOSS = 1e-6  # DPO's first loss against ln 2, float32
+LOSS = 1e-6  # golden values, given to six decimals
+EXACT = 1e-9  # float64 arithmetic against a formula by hand
+OPTIMUM = 1e-6  # probabilities at the optimum of a convex loss
+MERGED = 1e-5  # logits of an adapter and of the merged model
+FIGURE = 1e-5  # means of float32 values in a metrics line
+KL = 1e-5  # nats per response against an enumeration
+BF16 = 2e-2  # nats per token: two passes in bfloat16
