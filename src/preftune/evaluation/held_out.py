@@ -12,7 +12,7 @@ from torch import Tensor
 from preftune.data.render import Batch
 from preftune.evaluation.intervals import mean_interval
 from preftune.methods.pairs import comparisons, right_sign
-from preftune.training.method import Example, Method
+from preftune.training.method import Example, Method, Scored
 
 
 def needed_rows(batch: Batch, method: Method) -> list[int]:
@@ -26,10 +26,9 @@ def method_metrics(batch: Batch, method: Method, policy_logp: Tensor, reference_
     examples = method.examples(batch.groups)
     if not examples or (method.needs_reference and reference_logp is None):
         return {}
-    index, length = _index(batch, examples), _lengths(batch)
-    weight = torch.tensor([e.weight for e in examples])
-    preference = torch.tensor([e.preference for e in examples])
-    loss, metrics = method.loss(policy_logp, reference_logp, length, index, preference, weight)
+    index, length = _index(batch, examples), torch.tensor([s.length for s in batch.sequences], dtype=torch.float32)
+    weight, preference = (torch.tensor([getattr(e, name) for e in examples]) for name in ("weight", "preference"))
+    loss, metrics = method.loss(Scored(policy_logp, reference_logp, length, index, preference, weight))
     lengths = length[index].tolist()
     total = sum(method.weight(e, lengths[n]) for n, e in enumerate(examples))
     means = {name: float(values.nanmean()) for name, values in metrics.items()}
@@ -82,7 +81,3 @@ def held_out(
 def _index(batch: Batch, examples: Sequence[Example]) -> Tensor:
     rows = [[batch.index(e.group, r) for r in e.responses] for e in examples]
     return torch.tensor(rows, dtype=torch.long) if rows else torch.zeros(0, 2, dtype=torch.long)
-
-
-def _lengths(batch: Batch) -> Tensor:
-    return torch.tensor([s.length for s in batch.sequences], dtype=torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 from preftune import losses
 from preftune.methods.pairs import comparisons, pair_metrics
 from preftune.records import Group
-from preftune.training.method import Example
+from preftune.training.method import Example, Scored
 
 
 class DPO:
@@ -26,16 +26,16 @@ class DPO:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return example.weight
 
-    def loss(
-        self,
-        policy_logp: Tensor,
-        reference_logp: Tensor | None,
-        length: Tensor,
-        index: Tensor,
-        preference: Tensor,
-        weight: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        assert reference_logp is not None
-        chosen, rejected = index.unbind(1)
-        loss = losses.dpo(policy_logp, reference_logp, chosen, rejected, preference=preference, weight=weight, beta=self.beta)
-        return loss, pair_metrics(policy_logp.detach(), reference_logp, length, index, preference, self.beta)
+    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+        assert scored.reference_logp is not None
+        chosen, rejected = scored.index.unbind(1)
+        loss = losses.dpo(
+            scored.policy_logp,
+            scored.reference_logp,
+            chosen,
+            rejected,
+            preference=scored.preference,
+            weight=scored.weight,
+            beta=self.beta,
+        )
+        return loss, pair_metrics(scored, scored.reference_logp, self.beta)

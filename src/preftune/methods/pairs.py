@@ -9,7 +9,7 @@ from torch import Tensor
 
 from preftune import losses
 from preftune.records import Comparison, Group
-from preftune.training.method import Example
+from preftune.training.method import Example, Scored
 
 
 def comparisons(groups: Sequence[Group]) -> list[Example]:
@@ -23,16 +23,16 @@ def comparisons(groups: Sequence[Group]) -> list[Example]:
     return found
 
 
-def pair_metrics(
-    policy_logp: Tensor, reference_logp: Tensor, length: Tensor, index: Tensor, preference: Tensor, beta: float
-) -> dict[str, Tensor]:
-    """[P] each; margin without beta, reward = beta * log_ratio."""
+def pair_metrics(scored: Scored, reference_logp: Tensor, beta: float) -> dict[str, Tensor]:
+    """[P] each, without a graph; margin without beta, reward = beta * log_ratio."""
+    policy_logp = scored.policy_logp.detach()
     log_ratio = policy_logp - reference_logp
     reward = losses.rewards(policy_logp, reference_logp, beta)
-    chosen, rejected = index.unbind(1)
+    chosen, rejected = scored.index.unbind(1)
     margin = log_ratio[chosen] - log_ratio[rejected]
-    metrics = {"margin": margin, "accuracy": right_sign(margin, preference)}
-    for name, values in (("reward", reward), ("logp", policy_logp), ("log_ratio", log_ratio), ("length", length)):
+    metrics = {"margin": margin, "accuracy": right_sign(margin, scored.preference)}
+    sides = (("reward", reward), ("logp", policy_logp), ("log_ratio", log_ratio), ("length", scored.length))
+    for name, values in sides:
         metrics[f"{name}/chosen"] = values[chosen]
         metrics[f"{name}/rejected"] = values[rejected]
     return metrics

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from preftune import losses
 from preftune.records import Comparison, Demonstration, Group
-from preftune.training.method import Example
+from preftune.training.method import Example, Scored
 
 
 class SFT:
@@ -36,15 +36,7 @@ class SFT:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return example.weight * sum(lengths)  # the loss is a mean per token
 
-    def loss(
-        self,
-        policy_logp: Tensor,
-        reference_logp: Tensor | None,
-        length: Tensor,
-        index: Tensor,
-        preference: Tensor,
-        weight: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        response = index[:, 0]
-        metrics = {"logp/chosen": policy_logp.detach()[response], "length/chosen": length[response]}
-        return losses.sft(policy_logp, response, weight=weight), metrics
+    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+        response = scored.index[:, 0]
+        metrics = {"logp/chosen": scored.policy_logp.detach()[response], "length/chosen": scored.length[response]}
+        return losses.sft(scored.policy_logp, response, weight=scored.weight), metrics

@@ -22,6 +22,23 @@ class Example:
     origin: Origin | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Scores of R responses, and P examples over them.
+
+    policy_logp, reference_logp: [R] nats, summed over the scored tokens; the reference is None where no method needs it.
+    length: [R] scored tokens.
+    index: [P, width] into R. preference, weight: [P].
+    """
+
+    policy_logp: Tensor
+    reference_logp: Tensor | None
+    length: Tensor
+    index: Tensor
+    preference: Tensor
+    weight: Tensor
+
+
 class Method(Protocol):
     """Arithmetic on scores. `width` responses per example; the loop never asks which method it is."""
 
@@ -37,17 +54,6 @@ class Method(Protocol):
         """The example's share of the batch's denominator; `lengths`: scored tokens of its responses."""
         ...
 
-    def loss(
-        self,
-        policy_logp: Tensor,
-        reference_logp: Tensor | None,
-        length: Tensor,
-        index: Tensor,
-        preference: Tensor,
-        weight: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """([P] unreduced losses, metrics [P] to be averaged over examples; NaN = does not count).
-
-        policy_logp, reference_logp, length: [R]; index: [P, width] into R; preference, weight: [P].
-        """
+    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+        """([P] unreduced losses times weight, metrics [P] to be averaged over examples; NaN = does not count)."""
         ...

@@ -22,7 +22,7 @@ from preftune.errors import RunFailed
 from preftune.scoring.plan import pack_examples
 from preftune.scoring.score import default_budget, score
 from preftune.training.memory import memory_gb
-from preftune.training.method import Example, Method
+from preftune.training.method import Example, Method, Scored
 from preftune.training.options import TrainOptions
 from preftune.training.precision import Weights, gradient_norm
 
@@ -160,15 +160,15 @@ def backward(
         scores = score(weights.compute, part, tokens_per_microbatch=sys.maxsize)
         device = scores.logp.device
         local = {row: n for n, row in enumerate(rows)}
-        index = torch.tensor([[local[i] for i in needs[p]] for p in places], device=device)
-        loss, metrics = method.loss(
-            scores.logp,
-            None if reference_logp is None else reference_logp[rows].to(device),
-            scores.length,
-            index,
-            torch.tensor([examples[p].preference for p in places], device=device),
-            torch.tensor([examples[p].weight for p in places], device=device),
+        scored = Scored(
+            policy_logp=scores.logp,
+            reference_logp=None if reference_logp is None else reference_logp[rows].to(device),
+            length=scores.length,
+            index=torch.tensor([[local[i] for i in needs[p]] for p in places], device=device),
+            preference=torch.tensor([examples[p].preference for p in places], device=device),
+            weight=torch.tensor([examples[p].weight for p in places], device=device),
         )
+        loss, metrics = method.loss(scored)
         (loss.sum() / total).backward()
         weights.collect_gradients()
         loss_sum += float(loss.detach().sum())
