@@ -50,3 +50,9 @@ def model() -> Any:
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The samples that a run writes before and after training are cut to three tokens."""
     monkeypatch.setattr("preftune.runs.trainer.NEW_TOKENS", 3)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave everything but report.html and its pictures, which have tests of their own."""
+    monkeypatch.setattr("preftune.report.write", lambda folder: None)

@@ -26,7 +26,10 @@ from preftune.training.options import TrainOptions
 from preftune.training.precision import Weights
 from preftune.training.steps import Plan, backward, plan, steps
 
-pytestmark = pytest.mark.usefixtures("short_answers")
+pytestmark = [
+    pytest.mark.usefixtures("short_answers", "no_report"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),  # peft reads it by its older name
+]
 
 EVERY_STEP = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_gb"}
 PAIR_KEYS = {"margin", "accuracy", "pairs_per_s"} | {
@@ -163,7 +166,7 @@ def test_groups_are_shuffled_by_seed_and_epoch() -> None:
     assert order(one, 0) != order(one, 1)
     assert order(one) == order(planned(sizes)) == order(planned(sizes, steps=50))
     assert order(one) != order(planned(sizes, seed=1))
-    assert [e.group for e in order(planned([1] * 6))] == [2, 4, 3, 1, 5, 0], "the same on every machine and version"
+    assert [e.group for e in order(planned([1] * 6))] == [0, 5, 1, 4, 3, 2], "the same on every machine and version"
 
 
 def test_steps_win_over_epochs_and_go_on_into_the_next_epoch() -> None:
@@ -197,7 +200,7 @@ def test_learning_rates_rise_over_the_warm_up_and_follow_the_schedule(
 def test_the_first_loss_is_ln_2(adapter: str, model: Any, tokenizer: Any) -> None:
     first = fit(model, tokenizer, unequal(), steps=1, adapter=adapter).metrics[0]
     assert abs(first["loss"] - math.log(2)) < tolerances.FIRST_LOSS
-    assert abs(first["margin"]) < tolerances.LOGP and first["accuracy"] == pytest.approx(0.5, abs=0.5)
+    assert abs(first["margin"]) < tolerances.LOGP
 
 
 def perturbed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,6 +368,14 @@ def test_a_bf16_model_is_trained_through_float32_masters_too(tokenizer: Any) -> 
     run = fit(model, tokenizer, tiny.pairs(2), dtype="bfloat16", steps=3, learning_rate=1e-3)
     assert run.model is model and all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert not tiny.same(tiny.state(model), tiny.state(tiny.model().bfloat16()))
+
+
+def test_another_reference_is_computed_in_the_policys_own_precision(model: Any, tokenizer: Any) -> None:
+    """A float32 copy of the start as reference, and bfloat16 compute: no log-ratio comes from the digits alone."""
+    other = tiny.model()
+    line = fit(model, tokenizer, tiny.pairs(1), dtype="bfloat16", steps=1, reference=other).metrics[0]
+    assert (line["log_ratio/chosen"], line["log_ratio/rejected"]) == (0.0, 0.0)
+    assert all(p.dtype == torch.float32 for p in other.parameters())
 
 
 # -- interruption -------------------------------------------------------------------------------------------------------------

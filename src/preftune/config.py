@@ -11,19 +11,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from preftune.config_errors import refusal
 from preftune.data.options import DataOptions, Sources
-from preftune.errors import Refusal, nearest
+from preftune.errors import Refusal
 from preftune.models.options import AdapterOptions, Dtype
 from preftune.training.options import TrainOptions
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _home(text: str) -> str:
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+
+Place = Annotated[str, AfterValidator(_home)]  # a path or hub name; the shell does not see the ~ in a YAML file
 
 
 class MethodOptions(Group):
@@ -31,23 +40,27 @@ class MethodOptions(Group):
 
 
 class ReferenceOptions(Group):
-    model: str | None = Field(default=None, description="Folder, hub name or run; absent: the starting policy.")
+    model: Place | None = Field(default=None, description="Folder, hub name or run; absent: the starting policy.")
+
+
+_METHOD = Field(default=MethodOptions(), description="Short for method.name.")
+_REFERENCE = Field(default=ReferenceOptions(), description="Short for reference.model.")
 
 
 class WithModel(Group):
     """What every verb that loads a model takes."""
 
-    model: str = Field(description="Folder, hub name, or a run folder (its model/).")
+    model: Place = Field(description="Folder, hub name, or a run folder (its model/).")
     trust_remote_code: bool = Field(default=False, description="Run code that the model's folder brings along.")
     dtype: Dtype | None = Field(default=None, description="float32 or bfloat16; training: bfloat16 where the hardware has it.")
-    seed: int = Field(default=0, description="Of shuffling, sampling and intervals.")
+    seed: Seed = Field(default=0, description="Of shuffling, sampling and intervals.")
 
 
 class TrainKeys(WithModel):
     data: DataOptions = Field(description="What to train on: a source or a list of sources.")
     eval_data: Sources = Field(default=[], description="Held-out data; absent: 5 % of the prompts, at most 1,000.")
-    method: MethodOptions = MethodOptions()
-    reference: ReferenceOptions = ReferenceOptions()
+    method: MethodOptions = _METHOD
+    reference: ReferenceOptions = _REFERENCE
     beta: Positive = Field(default=0.1, description="How strongly the policy is held to the reference.")
     batch_size: Count = Field(default=32, description="Comparisons or demonstrations per optimizer step.")
     steps: Count | None = Field(default=None, description="Optimizer steps; wins over epochs.")
@@ -58,20 +71,20 @@ class TrainKeys(WithModel):
     max_length: Count | None = Field(
         default=None, description="Most tokens of prompt plus response; default: the model's positions."
     )
-    adapter: AdapterOptions = AdapterOptions()
-    train: TrainOptions = TrainOptions()
-    out: str | None = Field(default=None, description="Run folder; default runs/<method>-<date>-<n>.")
+    adapter: AdapterOptions = Field(default=AdapterOptions(), description="Short for adapter.type.")
+    train: TrainOptions = Field(default=TrainOptions(), description="How training goes: the keys below.")
+    out: Place | None = Field(default=None, description="Run folder; default runs/<method>-<date>-<n>.")
     overwrite: bool = Field(default=False, description="Move a run that is there to .old-1 instead of refusing.")
     dry_run: bool = Field(default=False, description="Resolve, check, show three rendered rows, stop.")
 
 
 class EvaluateKeys(WithModel):
     data: DataOptions | None = Field(default=None, description="Judged data: accuracy, loss and KL on it.")
-    against: str | None = Field(default=None, description="Another model: win rate of one sample each per prompt.")
+    against: Place | None = Field(default=None, description="Another model: win rate of one sample each per prompt.")
     prompts: DataOptions | None = Field(default=None, description="Any data source; its prompts are used for the win rate.")
     scorer: str | None = Field(default=None, description="package.module:function taking (prompts, responses).")
-    reference: ReferenceOptions = ReferenceOptions()
-    method: MethodOptions = MethodOptions()
+    reference: ReferenceOptions = _REFERENCE
+    method: MethodOptions = _METHOD
     beta: Positive = Field(default=0.1, description="Of the loss and the rewards.")
     max_length: Count | None = Field(
         default=None, description="Most tokens of prompt plus response; default: the model's positions."
@@ -82,7 +95,7 @@ class EvaluateKeys(WithModel):
 
 class GenerateKeys(WithModel):
     prompts: DataOptions = Field(description="Any data source; its prompts are used.")
-    out: str | None = Field(default=None, description="A .jsonl file; default: standard output.")
+    out: Place | None = Field(default=None, description="A .jsonl file; default: standard output.")
     samples: Count = Field(default=1, description="Samples per prompt.")
     temperature: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0: the likeliest token each time.")
     top_k: Annotated[int, Field(ge=0)] = Field(default=0, description="Only the k likeliest tokens; 0: all.")
@@ -96,8 +109,8 @@ class GenerateKeys(WithModel):
 
 class ScoreKeys(WithModel):
     data: DataOptions = Field(description="Responses to score.")
-    out: str = Field(description="A .jsonl file, one line per distinct response.")
-    reference: ReferenceOptions = ReferenceOptions()
+    out: Place = Field(description="A .jsonl file, one line per distinct response.")
+    reference: ReferenceOptions = _REFERENCE
     beta: Positive = Field(default=0.1, description="reward = beta * (logp - reference_logp).")
     token_logps: bool = Field(default=False, description="Also the log-probability of every scored token.")
     max_length: Count | None = Field(
@@ -114,16 +127,16 @@ class ChatKeys(WithModel):
 
 
 class MergeKeys(Group):
-    out: str = Field(description="Folder for the merged model.")
+    out: Place = Field(description="Folder for the merged model.")
     trust_remote_code: bool = Field(default=False, description="Run code that the model's folder brings along.")
     overwrite: bool = Field(default=False, description="Move a folder that is there to .old-1 instead of refusing.")
 
 
 class DemoKeys(Group):
     betas: list[Positive] = Field(default=[0.05], description="One run per beta; several draw the frontier.")
-    out: str | None = Field(default=None, description="Run folder; default runs/demo-<date>-<n>.")
+    out: Place | None = Field(default=None, description="Run folder; default runs/demo-<date>-<n>.")
     overwrite: bool = Field(default=False, description="Move a run that is there to .old-1 instead of refusing.")
-    seed: int = Field(default=0, description="Of sampling, shuffling and intervals.")
+    seed: Seed = Field(default=0, description="Of sampling, shuffling and intervals.")
 
 
 VERB_KEYS: dict[str, type[Group]] = {
@@ -147,30 +160,37 @@ def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
     """The keys of a verb from its words: at most one YAML file, and key=value."""
     files = [w for w in words if "=" not in w]
     if len(files) > 1:
-        raise Refusal(f"one YAML file at most, not {', '.join(files)}", code="usage")
-    layers: list[dict[str, Any]] = []
-    if files:
-        layers += _read_files(files[0], keys)
-    layers += [parse_word(w) for w in words if "=" in w]
+        raise Refusal(
+            f"one YAML file at most, not {', '.join(files)}; keys are written key=value, without spaces", code="usage"
+        )
+    layers = _read_files(files[0], keys) if files else []
+    layers += [("", parse_word(w)) for w in words if "=" in w]
     merged: dict[str, Any] = {}
-    for layer in layers:
+    for _, layer in layers:
         _merge(merged, _expand(layer))
-    return build(keys, merged)
+    try:
+        return build(keys, merged)
+    except Refusal as error:
+        error.file = error.file or _said_in(layers, error.key)
+        raise
 
 
 def build(keys: type[Keys], raw: dict[str, Any]) -> Keys:
-    """Checks a nested dict (short forms expanded) against a verb's keys."""
+    """Checks a nested dict (short forms expanded, nulls left out: their default) against a verb's keys."""
     try:
-        return keys.model_validate(_expand(raw))
+        return keys.model_validate(_without_nulls(_expand(raw)))
     except ValidationError as error:
-        raise _refusal(keys, error) from None
+        verb = next((verb for verb, other in VERB_KEYS.items() if other is keys), "VERB")
+        raise refusal(error, verb, {name: list(all_keys(other)) for name, other in VERB_KEYS.items()}) from None
 
 
 def parse_word(word: str) -> dict[str, Any]:
     """'train.eval_every=50' -> {'train': {'eval_every': 50}}; the text after = is YAML 1.2."""
     key, _, text = word.partition("=")
     if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        raise Refusal(f"{word!r} is neither a YAML file nor key=value", code="usage")
+        known = re.fullmatch(r"-*[A-Za-z_][\w-]*(\.[\w-]+)*", key)
+        hint = f"; write {key.lstrip('-').replace('-', '_')}=..." if known else ""
+        raise Refusal(f"{word!r} is neither a YAML file nor key=value{hint}", code="usage")
     try:
         value = _plain(_yaml().load(text))
     except Exception as error:  # ruamel has a tree of errors; each is a user's text that is not YAML
@@ -215,29 +235,32 @@ def _yaml() -> Any:
     return YAML(typ="safe", pure=True)
 
 
-def _read_files(name: str, keys: type[Group]) -> list[dict[str, Any]]:
+def _read_files(name: str, keys: type[Group]) -> list[tuple[str, dict[str, Any]]]:
     """The file, after the one it names as `base:`. Keys of other verbs may stand in it: one file serves them all."""
     layer = _read_file(name)
     base = layer.pop("base", None)
-    layers: list[dict[str, Any]] = []
+    layers = [(name, layer)]
     if base is not None:
+        if not Path(str(base)).is_file():
+            raise Refusal(f"there is no file {base} here", code="missing_file", file=name, key="base")
         under = _read_file(str(base))
         if "base" in under:
             raise Refusal("a base file cannot name another base", code="nested_base", file=str(base), key="base")
-        layers.append(under)
-    layers.append(layer)
+        layers.insert(0, (str(base), under))
     others = {key for verb in VERB_KEYS.values() for key in verb.model_fields} - set(keys.model_fields)
-    return [{k: v for k, v in one.items() if k not in others} for one in layers]
+    return [(file, {k: v for k, v in one.items() if k not in others}) for file, one in layers]
 
 
 def _read_file(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.is_file():
-        raise Refusal(f"there is no file {name}; a run is a YAML file and/or key=value", code="missing_file", file=name)
+        raise Refusal(_no_run_file(path), code="missing_file", file=name)
     try:
         content = _plain(_yaml().load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"cannot be read: {error}", code="unreadable", file=name) from error
+    except UnicodeDecodeError as error:
+        raise Refusal(f"is not UTF-8 at byte {error.start:,}: save it as UTF-8", code="not_utf8", file=name) from error
+    except OSError as error:
+        raise Refusal(f"cannot be read: {error.strerror}", code="unreadable", file=name) from error
     except Exception as error:  # see parse_word
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -245,6 +268,28 @@ def _read_file(name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Refusal("holds no keys; write 'key: value' lines", code="bad_yaml", file=name)
     return content
+
+
+def _no_run_file(path: Path) -> str:
+    if (path / "config.yaml").is_file():
+        return f"is a folder; its settings stand in {path / 'config.yaml'}"
+    what = "is a folder" if path.is_dir() else "there is no such file"
+    return f"{what}; here stands a YAML file with the keys of a run, everything else is key=value (model=..., data=...)"
+
+
+def _said_in(layers: list[tuple[str, dict[str, Any]]], key: str | None) -> str | None:
+    """The file whose layer set the key last; None for a word of the command line, and for what nobody set."""
+    for file, layer in reversed(layers):
+        found: Any = _expand(layer)
+        for part in (key or "").split("."):
+            if not isinstance(found, dict) or part not in found:
+                break
+            found = found[part]
+            if not isinstance(found, dict):
+                return file or None
+        else:
+            return file or None
+    return None
 
 
 def _plain(value: Any) -> Any:
@@ -260,19 +305,22 @@ def _plain(value: Any) -> Any:
 
 
 def _expand(layer: dict[str, Any]) -> dict[str, Any]:
-    """Short forms in their long form, and keys whose value is null left out (their default)."""
+    """Short forms in their long form."""
     result: dict[str, Any] = {}
     for key, value in layer.items():
-        if value is None:
-            continue
         main = MAIN_KEYS.get(key)
         if main == "sources" and isinstance(value, dict) and "path" in value:
             inside = {k: v for k, v in value.items() if k in _SOURCE_ONLY}
             value = {k: v for k, v in value.items() if k not in _SOURCE_ONLY} | {"sources": [inside]}
-        elif main is not None and not isinstance(value, dict):
+        elif main is not None and value is not None and not isinstance(value, dict):
             value = {main: value}
-        result[key] = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        result[key] = value
     return result
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in values.items() if value is not None}
+    return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
@@ -287,7 +335,8 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     """Paths that exist become absolute; hub names stay."""
 
     def path(text: Any) -> Any:
-        return str(Path(text).absolute()) if isinstance(text, str) and Path(text).exists() else text
+        here = isinstance(text, str) and text not in ("", "plain") and Path(text).exists()
+        return str(Path(text).absolute()) if here else text
 
     result = dict(values)
     for key in ("model", "against"):
@@ -304,41 +353,6 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     if "eval_data" in result:
         result["eval_data"] = [{**s, "path": path(s["path"])} for s in result["eval_data"]]
     return result
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------
-
-_WORDS = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "keys and values",
-    "model_type": "keys and values",
-}
-
-
-def _refusal(keys: type[Group], error: ValidationError) -> Refusal:
-    """The first thing wrong, and how many more."""
-    problems = error.errors(include_url=False)
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        verbs = [verb for verb, other in VERB_KEYS.items() if key in all_keys(other)]
-        hint = nearest(key, all_keys(keys))
-        if verbs and not hint:
-            hint = f" It is a key of {', '.join(verbs)}."
-        return Refusal(f"unknown key.{hint}{more}", code="unknown_key", key=key)
-    if first["type"] == "missing":
-        return Refusal(f"is needed: {key}=...{more}", code="missing_key", key=key)
-    if first["type"] in _WORDS:
-        wanted = _WORDS[first["type"]]
-        return Refusal(f"should be {wanted}, not {first['input']!r}{more}", code="wrong_type", key=key)
-    message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return Refusal(f"{message}, not {first['input']!r}{more}", code="bad_value", key=key)
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

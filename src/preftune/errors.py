@@ -68,8 +68,5 @@ class Interrupted(PreftuneError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?', or nothing where no known word is close."""
-    names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if not close:  # a right last part of a dotted key is close enough: eval_every -> train.eval_every
-        close = [name for name in names if name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from preftune.models.adapters import is_adapter
 from preftune.scoring.score import evaluation_mode
 
 _TOKENS = 2**14  # prompt and new tokens of one batch
@@ -106,9 +108,23 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], how: Sampling, ends:
         pad_token_id=ends[0] if ends else 0,
         **drawing,
     )
-    with torch.no_grad():
+    with torch.no_grad(), _own_settings_aside(model):
         out = model.generate(input_ids=ids, attention_mask=real, generation_config=config, streamer=streamer)
     return [_until_end(row, ends) for row in out[:, longest:].tolist()]
+
+
+@contextmanager
+def _own_settings_aside(model: Any) -> Generator[None]:
+    """What a call leaves open, transformers takes from the model's generation config: a repetition penalty, min_p,
+    suppressed tokens. Samples would not be the model's own then, so its config is empty for the time of the call."""
+    from transformers import GenerationConfig
+
+    owner = model.get_base_model() if is_adapter(model) else model
+    own, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = own
 
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:

@@ -51,10 +51,12 @@ def trainable_adapter(model: Any) -> Any:
 def adapter_off(model: Any) -> Generator[None]:
     """The base model for the time of the call, with the gradients of exactly the same parameters on afterwards."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    with model.disable_adapter():
-        yield
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
 
 
 def merged(model: Any) -> Any:

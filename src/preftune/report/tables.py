@@ -158,6 +158,10 @@ class Data:
     sources: list[tuple[str, str, str, str]]  # file, format, rows, kept
     findings: list[tuple[str, str, str, str]]  # severity, code, place, message
     more_findings: int
+    every_row: list[tuple[str, str]]  # file and code, all its row numbers
+
+
+MAX_ROWS = 50_000  # row numbers on the page, about 300 kB; data.json has them all
 
 
 def data_summary(data: Json) -> Data:
@@ -191,7 +195,17 @@ def data_summary(data: Json) -> Data:
             for found in findings[:MAX_FINDINGS]
         ],
         max(0, len(findings) - MAX_FINDINGS),
+        _every_row(findings),
     )
+
+
+def _every_row(findings: list[Json]) -> list[tuple[str, str]]:
+    """The rows that fell away, by file and code, each list in the order read."""
+    rows: dict[str, list[str]] = {}
+    for found in [f for f in findings if f.get("row") is not None][:MAX_ROWS]:
+        place = f"{_name(_text(found.get('file')))}, {_text(found.get('code'))}"
+        rows.setdefault(place, []).append(_text(found["row"]))
+    return [(place, ", ".join(numbers)) for place, numbers in rows.items()]
 
 
 def _name(path: str) -> str:

@@ -34,7 +34,7 @@ class Weights:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
-        self.compute: Any = model if _is(model, dtype) else cast_parameters(copy.deepcopy(model), dtype)
+        self.compute: Any = in_precision(model, dtype)
         pairs = zip(model.parameters(), self.compute.parameters(), strict=True)
         self._trained = [(own, used) for own, used in pairs if own.requires_grad]
         self.masters = [own if own.dtype == torch.float32 else own.detach().float() for own, _ in self._trained]
@@ -56,6 +56,11 @@ class Weights:
                 own.copy_(master)
             if used is not master and used is not own:
                 used.copy_(master)
+
+
+def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model itself where all its parameters have this precision, else a copy that has it."""
+    return model if _is(model, dtype) else cast_parameters(copy.deepcopy(model), dtype)
 
 
 def _is(model: nn.Module, dtype: torch.dtype) -> bool:
