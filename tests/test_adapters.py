@@ -16,7 +16,7 @@ import preftune
 from preftune.data.render import render
 from preftune.errors import Refusal
 from preftune.evaluation.kl import kl_per_response
-from preftune.models.adapters import add_lora, adapter_off, merged
+from preftune.models.adapters import adapter_off, add_lora, merged
 from preftune.models.load import load_model, save_model
 from preftune.models.options import AdapterOptions
 from preftune.scoring.score import score
@@ -152,6 +152,14 @@ def test_a_run_reports_its_kl_to_the_base(model: Any, tokenizer: Any) -> None:
     assert run.after["kl_interval"][0] <= run.after["kl"] <= run.after["kl_interval"][1]
 
 
+def test_an_adapter_trains_in_float32_over_bf16_compute(model: Any, tokenizer: Any) -> None:
+    run = fit(model, tokenizer, adapter="lora", dtype="bfloat16", learning_rate=1e-3)
+    first, last = run.metrics[0], run.metrics[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=tolerances.FIRST_LOSS) and abs(last["margin"]) > 1e-3
+    tuned = {k: p for k, p in run.model.named_parameters() if "lora_B" in k}
+    assert tuned and all(p.dtype == torch.float32 and p.abs().max() > 0 for p in tuned.values())
+
+
 def test_training_on_from_an_adapter_starts_at_it(tokenizer: Any) -> None:
     made = lora(tiny.model(), off_zero=True)
     base, start = plain(tiny.state(made)), tiny.state(made)
@@ -184,9 +192,7 @@ def test_a_merged_run_is_a_plain_model_with_the_same_logits(tmp_path: Path, mode
 
     base = saved(model, tokenizer, tmp_path / "base")
     watched = [base]
-    fit(
-        base, tokenizer, adapter={"type": "lora", "merge": True}, out=tmp_path / "run", progress=after_training
-    )
+    fit(base, tokenizer, adapter={"type": "lora", "merge": True}, out=tmp_path / "run", progress=after_training)
     assert not (tmp_path / "run" / "model" / "adapter_config.json").exists()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     torch.testing.assert_close(logits(loaded), kept["logits"], atol=tolerances.MERGED, rtol=0)

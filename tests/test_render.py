@@ -174,9 +174,7 @@ def test_of_several_messages_only_the_assistants_own_turns_are_scored(template: 
 def test_what_a_template_refuses_becomes_a_finding_and_the_rest_goes_on() -> None:
     tok = tiny.tokenizer(template=REFUSES)
     good = pair(turns("hi"), turns("yes", first="assistant"), turns("no", first="assistant"), row=2)
-    bad = pair(
-        turns("hi", first="assistant"), turns("yes", first="assistant"), turns("no", first="assistant"), row=1
-    )
+    bad = pair(turns("hi", first="assistant"), turns("yes", first="assistant"), turns("no", first="assistant"), row=1)
     batch = render([bad, good], tok)
     assert batch.groups == (good,) and len(batch) == 2
     assert [(f.code, f.severity, f.file, f.row) for f in batch.findings] == [("template_error", "error", "pairs.jsonl", 1)]

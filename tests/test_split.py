@@ -68,8 +68,12 @@ def test_texts_without_a_prompt_are_held_out_one_by_one() -> None:
     train, held = split([whole])
     assert contents(train) | contents(held) == contents([whole]) and not contents(train) & contents(held)
     assert 20 <= len(contents(held)) <= 80  # 50 expected, standard deviation 7
-    assert all(m.origin and whole.responses[m.origin.row - 1] == g.responses[m.response] for g in held for m in g.marks
-               if isinstance(m, tiny.Demonstration))
+    assert all(
+        m.origin and whole.responses[m.origin.row - 1] == g.responses[m.response]
+        for g in held
+        for m in g.marks
+        if isinstance(m, tiny.Demonstration)
+    )
     turned = replace(
         whole,
         responses=whole.responses[::-1],

@@ -104,10 +104,11 @@ def test_dpo_divides_by_the_total_weight_of_the_whole_batch(model: Any, tokenize
     assert line["loss"] == pytest.approx(float(total.detach()) / weights, abs=tolerances.FIGURE)
 
 
-def test_sft_is_the_mean_per_token_of_the_whole_batch_and_no_mean_of_means(model: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_sft_is_the_mean_per_token_of_the_whole_batch_and_no_mean_of_means(budget: int, model: Any, tokenizer: Any) -> None:
     groups = [tiny.shown("Q: ", "a"), tiny.shown("R: ", "the end of it all", weight=2.0), tiny.shown("S: ", "yes")]
     batch = render(groups, tokenizer)
-    found, line = gradient(model, batch, "sft", None, 1)
+    found, line = gradient(model, batch, "sft", None, budget)
     model.zero_grad()
     scores = score(model, batch)
     weight = torch.tensor([1.0, 2.0, 1.0])
@@ -115,7 +116,7 @@ def test_sft_is_the_mean_per_token_of_the_whole_batch_and_no_mean_of_means(model
     loss.backward()
     close(found, {k: p.grad for k, p in model.named_parameters() if p.grad is not None}, tolerances.GRADIENT)
     assert line["loss"] == pytest.approx(float(loss.detach()), abs=tolerances.FIGURE)
-    assert abs(float((-scores.logp / scores.length).detach().mean()) - line["loss"]) > 0.01, "the two means are too alike to tell"
+    assert abs(float((-scores.logp / scores.length).detach().mean()) - line["loss"]) > 0.01, "too alike to tell"
 
 
 def test_sft_takes_each_chosen_answer_once_and_no_ties() -> None:
@@ -329,6 +330,13 @@ def test_held_out_lines_stand_where_eval_every_says(model: Any, tokenizer: Any) 
     run = fit(model, tokenizer, tiny.pairs(4), eval_groups=tiny.pairs(2), steps=5, batch_size=2, train={"eval_every": 2})
     assert [any(key.startswith("eval/") for key in line) for line in run.metrics] == [False, True, False, True, True]
     assert {"eval/loss", "eval/accuracy", "eval/logp_accuracy", "eval/margin"} <= set(run.metrics[1])
+
+
+def test_gradients_of_a_step_are_its_own(model: Any, tokenizer: Any) -> None:
+    """The same pair three times, and no learning rate: three times the same gradient norm."""
+    groups = tiny.pairs(1)
+    norms = [x["grad_norm"] for x in fit(model, tokenizer, groups, steps=3, batch_size=1, learning_rate=1e-30).metrics]
+    assert norms[0] > 1e-3 and norms == pytest.approx([norms[0]] * 3, rel=1e-5)
 
 
 # -- precision --------------------------------------------------------------------------------------------------------------

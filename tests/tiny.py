@@ -35,9 +35,7 @@ def tokenizer(*, start: bool | str = True, end: bool = True, template: str | Non
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(SPECIAL))
     if start is True:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
-        )
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
     made = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>" if start else None,
@@ -48,7 +46,13 @@ def tokenizer(*, start: bool | str = True, end: bool = True, template: str | Non
     return made
 
 
-_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "initializer_range": 0.2}
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.2,
+}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _ENDS = {"bos_token_id": VOCABULARY - 7, "eos_token_id": VOCABULARY - 6, "pad_token_id": None}
 

@@ -21,7 +21,6 @@ _WORDS = {
     "model_type": "keys and values",
 }
 
-
 # what other tools call our keys
 ELSEWHERE = {
     "lr": "learning_rate",
@@ -91,10 +90,10 @@ def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str
     known = keys.get(verb, ())
     in_source = any(isinstance(part, int) for part in loc)
     beside = list(Source.model_fields) if in_source else [n.rpartition(".")[2] for n in known if n.rpartition(".")[0] == group]
+    if not group and ELSEWHERE.get(last, "").split("=")[0].split(" ")[0] in known:
+        return f" Here that is {ELSEWHERE[last]}."
     if close := nearest(last, beside):
         return close.replace("mean ", f"mean {group}.") if group else close
-    if ELSEWHERE.get(last, "").split("=")[0].split(" ")[0] in known:
-        return f" Here that is {ELSEWHERE[last]}."
     if same := [name for name in known if name.rpartition(".")[2] == last]:
         return f" Did you mean {same[0]}?"
     if verbs := [other for other, names in keys.items() if key in names]:

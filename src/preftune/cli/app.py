@@ -16,7 +16,7 @@ import typer
 from preftune import __version__
 from preftune.cli.console import setup
 from preftune.config import VERB_KEYS, all_keys
-from preftune.errors import PreftuneError, Refusal, nearest
+from preftune.errors import Interrupted, PreftuneError, Refusal, RunFailed, nearest
 
 # typer carries a click of its own, which has no public name there
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -44,6 +44,8 @@ VERBS = {
     "report": "Write the report of runs again: report RUN ...",
     "demo": "The controlled-sentiment experiment, from the packaged model to a verdict.",
 }
+
+LATER = ("check", "convert", "doctor", "judge", "iterate", "label", "sweep", "monitor")
 
 
 def _epilog(verb: str) -> str:
@@ -91,32 +93,48 @@ def run(arguments: list[str] | None = None) -> None:
     except UsageError as error:
         _fail(_usage(error, arguments), arguments)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        _fail(Interrupted("stopped by SIGINT", signal_number=2), arguments)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:  # a full disk, a folder that was taken away
+        place = str(error.filename) if error.filename is not None else None
+        _fail(RunFailed(error.strerror or str(error), code="os_error", file=place), arguments)
+    except Exception as error:  # ours to mend: the trace is shown, and a program still gets its document
+        if "--json" in arguments:
+            _print_error(RunFailed(f"{type(error).__name__}: {error}", code="internal"))
+        raise
 
 
 def _fail(error: PreftuneError, arguments: list[str]) -> None:
     if "--json" in arguments:
-        print(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
+        _print_error(error)
     print(f"preftune: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
+
+
+def _print_error(error: PreftuneError) -> None:
+    print(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
 
 
 def _usage(error: Any, arguments: list[str]) -> Refusal:
     """Click's complaint in our words: a flag that is meant as a key, or a verb that is not there."""
     option: Any = getattr(error, "option_name", None)
-    if option and option.startswith("--"):
+    flags = "flags: --help --json --quiet --version"
+    if option in ("--json", "--quiet"):
+        return Refusal(f"{option} stands after a verb: preftune VERB {option}. Verbs: {', '.join(VERBS)}", code="usage")
+    if option:
         key = option.lstrip("-").replace("-", "_").split("=")[0]
         return Refusal(
-            f"there is no flag {option}; keys are written key=value: {key}=... (flags: --help --json --quiet --version)",
+            f"there is no flag {option}; keys are written key=value: {key}=... ({flags})",
             code="unknown_flag",
         )
     words = [a for a in arguments if not a.startswith("-")]
+    if words and words[0] in LATER:
+        return Refusal(f"{words[0]} is not in this version. Verbs: {', '.join(VERBS)}", code="unknown_verb")
     if words and words[0] not in VERBS:
         return Refusal(
             f"there is no verb {words[0]!r}.{nearest(words[0], VERBS)} Verbs: {', '.join(VERBS)}", code="unknown_verb"
         )
-    return Refusal(error.format_message(), code="usage")
+    return Refusal(" ".join(error.format_message().split()), code="usage")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from preftune.config import EvaluateKeys, ScoreKeys
     from preftune.data.options import DataOptions
     from preftune.data.render import Batch
+    from preftune.records import Group
 
 
 @dataclass
@@ -34,11 +36,19 @@ class Opened:
         return load_model(policy, dtype=dtype, trust_remote_code=trust), other
 
 
-def open_data(model: str, options: DataOptions, keys: EvaluateKeys | ScoreKeys, *, reference: str | None) -> Opened:
-    """Checks the models' files, reads and renders the data; drops are said, and counted against the contract's rule."""
+def open_data(
+    model: str,
+    options: DataOptions,
+    keys: EvaluateKeys | ScoreKeys,
+    *,
+    reference: str | None,
+    check: Callable[[list[Group]], None] = lambda groups: None,
+) -> Opened:
+    """Checks the models' files, reads, checks and renders the data; drops are said, and counted by the contract's rule."""
     refs = resolve(model, "model"), resolve(reference, "reference") if reference else None
     check_vocabulary(facts(refs[0], "model"), facts(refs[1], "reference") if refs[1] else None)
     reading = load_said(options.sources, options)
+    check(reading.groups)
     from preftune.data.read import enforce
     from preftune.data.render import render
     from preftune.models.load import load_tokenizer, positions_of
@@ -47,7 +57,6 @@ def open_data(model: str, options: DataOptions, keys: EvaluateKeys | ScoreKeys, 
     tokenizer = load_tokenizer(refs[0], trust_remote_code=keys.trust_remote_code)
     limit = keys.max_length or positions_of(refs[0], trust_remote_code=keys.trust_remote_code)
     batch = render(reading.groups, tokenizer, max_length=limit, too_long=options.too_long, template=options.template)
-    say_drops(batch.findings)
     enforce(
         reading.rows,
         reading.dropped + by_row(batch.findings),
@@ -55,4 +64,5 @@ def open_data(model: str, options: DataOptions, keys: EvaluateKeys | ScoreKeys, 
         strict=options.strict,
         allow_drops=options.allow_drops,
     )
+    say_drops(batch.findings)
     return Opened(batch, tokenizer, refs, keys)

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -76,6 +77,18 @@ class Watch:
             logging.getLogger("preftune").info(f"step {done} of {total}  {note(line)}")
             self._last = time.monotonic()
         self._phase = phase
+
+
+def once_before(watch: Watch, first: Callable[[], None]) -> Callable[[str, int, int, dict[str, Any]], None]:
+    """The watch, with `first` called before its first report."""
+    waiting = [first]
+
+    def report(phase: str, done: int, total: int, line: dict[str, Any]) -> None:
+        while waiting:
+            waiting.pop()()
+        watch(phase, done, total, line)
+
+    return report
 
 
 def note(line: dict[str, Any]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from preftune.config import EvaluateKeys, resolve
 from preftune.errors import Refusal
 from preftune.models import inspect
+from preftune.records import Group
 
 log = logging.getLogger("preftune")
 
@@ -33,10 +35,11 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
         line = "prompts and scorer belong to a win rate: name the other model with against=..."
         raise Refusal(line, code="missing_key", key="against")
     from preftune.cli.common import open_data
+
+    data = open_data(keys.model, keys.data, keys, reference=keys.reference.model, check=partial(_check_marks, keys.method.name))
+    models = data.models()
     from preftune.evaluation.evaluate import evaluate
 
-    data = open_data(keys.model, keys.data, keys, reference=keys.reference.model)
-    models = data.models()
     return evaluate(
         models[0],
         data.tokenizer,
@@ -51,8 +54,14 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
     )
 
 
+def _check_marks(method: str | None, groups: list[Group]) -> None:
+    from preftune import methods
+
+    methods.choose(methods.check_name(method) if method else None, groups)
+
+
 def _win_rate(keys: EvaluateKeys) -> dict[str, Any]:
-    from preftune.evaluation.win_rate import load_scorer
+    from preftune.evaluation.win_rate import check_scorer, load_scorer
     from preftune.runs.prepare import load_said
 
     if keys.prompts is None or keys.scorer is None or keys.against is None:
@@ -63,6 +72,7 @@ def _win_rate(keys: EvaluateKeys) -> dict[str, Any]:
     for ref, key in ((keys.model, "model"), (keys.against, "against")):
         inspect.check_vocabulary(inspect.facts(inspect.resolve(ref, key), key))
     groups = load_said(keys.prompts.sources, keys.prompts).groups
+    check_scorer(scorer, keys.scorer)
     from preftune.evaluation.evaluate import compare
     from preftune.models.load import load_model, load_tokenizer
     from preftune.training.precision import DTYPES

@@ -25,19 +25,20 @@ def run(words: list[str], as_json: bool) -> dict[str, Any] | None:
     from preftune.data.render import render_prompts
     from preftune.evaluation.evaluate import prompt_text
     from preftune.generation.sample import Sampling, sample
-    from preftune.models.load import load_model, load_tokenizer, max_positions
+    from preftune.models.load import load_model, load_tokenizer, positions_of
     from preftune.training.precision import DTYPES
 
-    model = load_model(keys.model, dtype=DTYPES[keys.dtype or "float32"], trust_remote_code=keys.trust_remote_code)
     tokenizer = load_tokenizer(keys.model, trust_remote_code=keys.trust_remote_code)
     ids = render_prompts(groups, tokenizer, template=keys.prompts.template)
-    limit, longest = max_positions(model), max(map(len, ids))
+    limit, longest = positions_of(keys.model, trust_remote_code=keys.trust_remote_code), max(map(len, ids))
     if limit is not None and longest + keys.max_new_tokens > limit:
         raise Refusal(
-            f"a prompt of {longest:,} tokens and {keys.max_new_tokens:,} new ones are over the model's {limit:,} positions",
+            f"a prompt of {longest:,} tokens and {keys.max_new_tokens:,} new ones are over the model's {limit:,} positions: "
+            "lower max_new_tokens, or leave the prompt out",
             code="too_long",
             key="max_new_tokens",
         )
+    model = load_model(keys.model, dtype=DTYPES[keys.dtype or "float32"], trust_remote_code=keys.trust_remote_code)
     names = ("samples", "temperature", "top_k", "top_p", "beams", "max_new_tokens", "seed")
     found = sample(model, tokenizer, ids, Sampling(**{name: getattr(keys, name) for name in names}))
     lines = [

@@ -6,10 +6,11 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from preftune.errors import Refusal
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".yaml", ".yml")
 
 
@@ -47,7 +48,8 @@ def resolve(ref: str, key: str) -> str:
         raise Refusal(f"{ref} is a file; a model is a folder or a hub name", code="no_model", key=key)
     parts = ref.split("/")
     if len(parts) != 2 or not all(parts) or ref.startswith((".", "~")) or ref.endswith(DATA_SUFFIXES):
-        raise Refusal(f"there is no folder {ref}{_near(path)}", code="missing_model", key=key)
+        hint = _near(path) or "; a name on the hub is written owner/name"
+        raise Refusal(f"there is no folder {ref}{hint}", code="missing_model", key=key)
     return ref
 
 
@@ -60,13 +62,18 @@ def facts(ref: str, key: str) -> Facts:
         base = _json(folder / "adapter_config.json", key).get("base_model_name_or_path") or ""
         known = facts(base, key) if Path(base).is_dir() else Facts(base)
         return Facts(ref, folder, True, known.vocab_size, _tokens(folder, key) or known.tokens)
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise Refusal(f"{ref} holds no weights (no .safetensors, no .bin)", code="no_weights", key=key)
     config = _json(folder / "config.json", key)
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return Facts(ref, folder, False, size, _tokens(folder, key))
 
 
 def check_vocabulary(policy: Facts, reference: Facts | None = None) -> None:
-    """Refuses a tokenizer with ids that the model has no row for, and a reference that reads other tokens."""
+    """Refuses a model without tokenizer, a tokenizer with ids that the model has no row for, and a reference that reads
+    other tokens."""
+    if policy.folder and not policy.adapter and not any((policy.folder / name).is_file() for name in TOKENIZER_FILES):
+        raise Refusal(f"{policy.ref} holds no tokenizer (no tokenizer.json)", code="no_tokenizer", key="model")
     if policy.tokens and policy.vocab_size and max(policy.tokens.values()) >= policy.vocab_size:
         raise Refusal(
             f"the tokenizer in {policy.ref} has ids up to {max(policy.tokens.values()):,}, and its model a vocabulary of "
@@ -83,15 +90,19 @@ def check_vocabulary(policy: Facts, reference: Facts | None = None) -> None:
     if not same:
         raise Refusal(
             f"the policy {policy.ref} and the reference {reference.ref} have different vocabularies "
-            f"({_size(policy)} and {_size(reference)} tokens): log-ratios of their tokens mean nothing",
+            f"({_difference(policy, reference)}): log-ratios of their tokens mean nothing",
             code="vocabulary_mismatch",
             key="reference",
         )
 
 
-def _size(known: Facts) -> str:
-    size = len(known.tokens) if known.tokens is not None else known.vocab_size
-    return f"{size:,}" if size is not None else "unknown"
+def _difference(policy: Facts, reference: Facts) -> str:
+    ours, theirs = policy.tokens, reference.tokens
+    if ours is None or theirs is None or len(ours) != len(theirs):
+        sizes = [len(known.tokens) if known.tokens is not None else known.vocab_size for known in (policy, reference)]
+        return f"{sizes[0]:,} and {sizes[1]:,} tokens"
+    token = next(token for token in ours if ours[token] != theirs.get(token))
+    return f"token {token!r} is {ours[token]} in one and {theirs.get(token, 'absent')} in the other"
 
 
 def _is_model(folder: Path) -> bool:
@@ -102,7 +113,9 @@ def _tokens(folder: Path, key: str) -> dict[str, int] | None:
     if not (folder / "tokenizer.json").is_file():
         return None
     data = _json(folder / "tokenizer.json", key)
-    vocab = data.get("model", {}).get("vocab") or {}
+    if not isinstance(data.get("model"), dict):
+        raise Refusal("is no tokenizer: it has no model", code="bad_model_file", file=str(folder / "tokenizer.json"), key=key)
+    vocab = data["model"].get("vocab") or {}
     if isinstance(vocab, list):  # unigram models list [piece, score]
         vocab = {piece[0]: n for n, piece in enumerate(vocab)}
     return {**vocab, **{token["content"]: token["id"] for token in data.get("added_tokens", [])}}
@@ -110,9 +123,12 @@ def _tokens(folder: Path, key: str) -> dict[str, int] | None:
 
 def _json(path: Path, key: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"cannot be read as JSON: {error}", code="bad_model_file", file=str(path), key=key) from error
+    if not isinstance(found, dict):
+        raise Refusal("is no JSON object", code="bad_model_file", file=str(path), key=key)
+    return cast("dict[str, Any]", found)
 
 
 def _near(path: Path) -> str:

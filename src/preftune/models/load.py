@@ -26,7 +26,7 @@ def device() -> torch.device:
 
 def load_tokenizer(ref: str, *, key: str = "model", trust_remote_code: bool = False) -> Any:
     path = resolve(ref, key)
-    with _refusing(ref, "tokenizer", key):
+    with _refusing(ref, "tokenizer", key), _quiet(warnings=False):
         known = facts(path, key)
         if known.adapter and not (Path(path) / "tokenizer_config.json").is_file():
             path = _base(path)
@@ -87,7 +87,7 @@ def _positions(config: Any) -> int | None:
 def positions_of(ref: str, *, trust_remote_code: bool = False) -> int | None:
     """The same from the config alone, before the weights are loaded."""
     path = resolve(ref, "model")
-    with _refusing(ref, "config", "model"):
+    with _refusing(ref, "config", "model"), _quiet(warnings=False):
         base = _base(path) if facts(path, "model").adapter else path
         return _positions(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code))
 
@@ -112,13 +112,16 @@ def check_tokenizer(model: Any, tokenizer: Any, reference: Any = None) -> None:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
-    """Progress bars of other libraries hide our own lines."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def _quiet(*, warnings: bool = True) -> Generator[None]:
+    """Progress bars of other libraries hide our own lines; so do their warnings about what we refuse in a line of ours."""
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    if not warnings:
+        transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
 
@@ -130,6 +133,7 @@ def _refusing(ref: str, what: str, key: str) -> Generator[None]:
         yield
     except Refusal:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise Refusal(f"the {what} of {ref} cannot be loaded: {first}", code="cannot_load", key=key) from error
+    except Exception as error:  # the loaders raise many kinds, safetensors one of its own
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        whose = ref if Path(ref).is_dir() else f"{ref} (no folder here, so a name on the hub)"
+        raise Refusal(f"the {what} of {whose} cannot be loaded: {said}", code="cannot_load", key=key) from error

@@ -26,7 +26,8 @@ def choose_out(out: str | None, name: str, *, overwrite: bool) -> Path:
         return Path(f"runs/{name}-{today}-{number}")
     folder = Path(out)
     if folder.is_file():
-        raise Refusal(f"{out} is a file; a run needs a folder", code="out_is_file", key="out")
+        raise Refusal(f"{out} is a file; name a folder", code="out_is_file", key="out")
+    _check_parent(folder)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         what = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
         raise Refusal(
@@ -59,7 +60,17 @@ def choose_file(out: str, *, overwrite: bool) -> Path:
         raise Refusal(f"{out} is a folder; name a .jsonl file", code="out_is_folder", key="out")
     if path.exists() and not overwrite:
         raise Refusal(f"{out} is there already; overwrite=true replaces it", code="out_exists", key="out")
+    _check_parent(path)
     return path
+
+
+def _check_parent(path: Path) -> None:
+    """Refuses a place that cannot be written, before compute is spent on what should stand there."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise Refusal(f"{path} cannot be made: {parent} is a file", code="out_under_file", key="out")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise Refusal(f"{path} cannot be made: you may not write in {parent}", code="not_writable", key="out")
 
 
 def write_text(path: Path, text: str) -> None:

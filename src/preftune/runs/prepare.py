@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from preftune import methods
@@ -30,12 +31,25 @@ class Data:
 
 
 def load_said(sources: Any, options: DataOptions) -> Reading:
-    """Reads, says what was read and dropped, and refuses what the options do not allow."""
+    """Reads, refuses what the options do not allow, and says what was read and dropped."""
+    check_template(options.template)
     reading = load(sources, options=options)
+    enforce(reading.rows, reading.dropped, reading.findings, strict=options.strict, allow_drops=options.allow_drops)
     for line in reading.summary():
         log.info(line)
-    enforce(reading.rows, reading.dropped, reading.findings, strict=options.strict, allow_drops=options.allow_drops)
     return reading
+
+
+def check_template(template: str | None) -> None:
+    """Refuses a template file that cannot be read."""
+    if template in (None, "plain"):
+        return
+    try:
+        Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        line = f"the chat template {template} cannot be read ({why}): give a Jinja file, or plain"
+        raise Refusal(line, code="bad_template", key="data.template") from error
 
 
 def read_data(sources: Any, options: DataOptions, eval_sources: Any, method: str | None) -> Data:
@@ -87,7 +101,6 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
         for groups in (data.train, data.held)
     ]
     findings = [f for part in parts for f in part.findings]
-    say_drops(findings)
     formats = {source["format"] for reading, _ in data.readings for source in reading.sources}
     if "hh" in formats and getattr(tokenizer, "chat_template", None) and template is None:
         log.info("the model has a chat template, and HH dialogues are read as text: data.format=hh_messages uses it")
@@ -96,6 +109,7 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
     dropped = sum((reading.dropped for reading, _ in data.readings), Counter[str]()) + by_row(findings)
     options = data.readings[0][1]
     enforce(rows, dropped, lost, strict=options.strict, allow_drops=options.allow_drops)
+    say_drops(findings)
     method = methods.make(data.method, beta=1.0)
     sizes = [{"groups": len(part.groups), "examples": len(method.examples(part.groups))} for part in parts]
     if not sizes[0]["examples"]:

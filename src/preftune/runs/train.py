@@ -107,7 +107,6 @@ def fit(
     """
     from preftune.models.adapters import is_adapter
     from preftune.models.load import check_tokenizer, max_positions
-    from preftune.training.precision import in_precision
 
     options = build(TrainKeys, {"model": str(getattr(model, "name_or_path", "")), "data": {}, **keys})
     check_tokenizer(model, tokenizer, reference)

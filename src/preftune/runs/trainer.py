@@ -34,7 +34,7 @@ from preftune.scoring.score import score_logp
 from preftune.scoring.selfcheck import check_start
 from preftune.training import trackers
 from preftune.training.method import Method
-from preftune.training.precision import Weights
+from preftune.training.precision import Weights, in_precision
 from preftune.training.signals import Stop, stoppable
 from preftune.training.steps import Plan, plan, steps
 
@@ -165,7 +165,7 @@ def _references(
     used = [job.train.index(e.group, r) for _, examples in the_plan.batches for e in examples for r in e.responses]
     rows = list(dict.fromkeys(used))
     # before the first step the policy itself is the reference: it is scored once, and no second model is kept
-    model = job.load_reference() if job.load_reference else weights.compute
+    model = in_precision(job.load_reference(), job.dtype) if job.load_reference else weights.compute
     off: AbstractContextManager[None] = adapter_off(model) if job.new_adapter and not job.load_reference else nullcontext()
     with off:
         reference = _scored(job, model, job.train, rows, "reference", stop)
