@@ -160,6 +160,18 @@ def test_an_adapter_trains_in_float32_over_bf16_compute(model: Any, tokenizer: A
     assert tuned and all(p.dtype == torch.float32 and p.abs().max() > 0 for p in tuned.values())
 
 
+def test_an_adapters_dropout_is_on_in_steps_and_nowhere_else(tokenizer: Any) -> None:
+    held, keys = tiny.pairs(2), {"eval_groups": tiny.pairs(2), "learning_rate": 3e-2}
+    plain, run = (fit(tiny.model(), tokenizer, adapter={"type": "lora", "dropout": share}, **keys) for share in (0.0, 0.5))
+    assert run.before == plain.before and run.metrics[0]["loss"] == pytest.approx(math.log(2), abs=tolerances.FIRST_LOSS)
+    assert abs(run.metrics[-1]["loss"] - plain.metrics[-1]["loss"]) > 1e-4, "no dropout in the steps"
+    batch = render(held, tokenizer)
+    with torch.no_grad():
+        assert torch.equal(score(run.model, batch).logp, score(run.model, batch).logp), "dropout is left on in the result"
+    again = preftune.evaluate(run.model, tokenizer, held, reference=tiny.model(), kl_samples=0)
+    assert again["loss"] == pytest.approx(run.after["loss"], abs=tolerances.FIGURE)
+
+
 def test_training_on_from_an_adapter_starts_at_it(tokenizer: Any) -> None:
     made = lora(tiny.model(), off_zero=True)
     base, start = plain(tiny.state(made)), tiny.state(made)

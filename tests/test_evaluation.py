@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import preftune
 from preftune import methods
 from preftune.data.render import Batch, Rendered, render
-from preftune.errors import Refusal
+from preftune.errors import Refusal, RunFailed
 from preftune.evaluation.evaluate import compare
 from preftune.evaluation.held_out import held_out, method_metrics, needed_rows
 from preftune.evaluation.intervals import mean_interval
@@ -184,7 +184,7 @@ def test_win_rate_by_hand() -> None:
 
 @pytest.mark.parametrize("values", [[1.0], [1.0, math.nan], [math.inf, 1.0]])
 def test_a_scorer_has_to_give_one_finite_number_per_response(values: list[float]) -> None:
-    with pytest.raises(Refusal, match="my:scorer gave"):
+    with pytest.raises(RunFailed, match="my:scorer gave"):
         judge(lambda prompts, responses: values, ["p", "p"], ["a", "b"], "my:scorer")
 
 

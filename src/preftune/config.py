@@ -132,8 +132,15 @@ class MergeKeys(Group):
     overwrite: bool = Field(default=False, description="Move a folder that is there to .old-1 instead of refusing.")
 
 
+def _distinct(betas: list[float]) -> list[float]:
+    return list(dict.fromkeys(betas))
+
+
+Betas = Annotated[list[Positive], Field(min_length=1), AfterValidator(_distinct)]
+
+
 class DemoKeys(Group):
-    betas: list[Positive] = Field(default=[0.05], description="One run per beta; several draw the frontier.")
+    betas: Betas = Field(default=[0.05], description="One run per beta; several draw the frontier.")
     out: Place | None = Field(default=None, description="Run folder; default runs/demo-<date>-<n>.")
     overwrite: bool = Field(default=False, description="Move a run that is there to .old-1 instead of refusing.")
     seed: Seed = Field(default=0, description="Of sampling, shuffling and intervals.")
@@ -178,10 +185,19 @@ def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
 def build(keys: type[Keys], raw: dict[str, Any]) -> Keys:
     """Checks a nested dict (short forms expanded, nulls left out: their default) against a verb's keys."""
     try:
-        return keys.model_validate(_without_nulls(_expand(raw)))
+        return _consistent(keys.model_validate(_without_nulls(_expand(raw))))
     except ValidationError as error:
         verb = next((verb for verb, other in VERB_KEYS.items() if other is keys), "VERB")
         raise refusal(error, verb, {name: list(all_keys(other)) for name, other in VERB_KEYS.items()}) from None
+
+
+def _consistent(run: Keys) -> Keys:
+    """Refuses keys of an adapter that is not there: whoever gives a rank does not mean to train all weights."""
+    if isinstance(run, TrainKeys) and run.adapter.type == "none":
+        for name in ("r", "alpha", "dropout", "target_modules"):
+            if getattr(run.adapter, name) != AdapterOptions.model_fields[name].default:
+                raise Refusal("no adapter is asked for: adapter=lora", code="no_adapter", key=f"adapter.{name}")
+    return run
 
 
 def parse_word(word: str) -> dict[str, Any]:

@@ -62,26 +62,41 @@ ELSEWHERE = {
     "val_size": "eval_data",
 }
 
+LATER = (
+    "resume",
+    "reference.store",
+    "reference.sync_steps",
+    "method.divergence",
+    "method.weighting",
+    "method.mix",
+    "train.early_stop",
+    "train.checkpointing",
+    "train.optimizer",
+    "train.parallel",
+    "train.deterministic",
+    "data.votes",
+)
+
 
 def refusal(error: ValidationError, verb: str, keys: Mapping[str, Sequence[str]]) -> Refusal:
     """The first thing wrong, and what else; `keys` holds every verb's keys, dotted."""
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key, value = ".".join(str(part) for part in first["loc"]), first["input"]
-    missing = [str(p["loc"][0]) for p in problems if p["type"] == "missing" and p is not first]
+    missing = [f"{p['loc'][0]}=..." for p in problems if p["type"] == "missing" and p is not first]
     others = len(problems) - 1 - len(missing)
-    more = f" Also needed: {', '.join(f'{name}=...' for name in missing)}." if missing else ""
-    more += f" ({others} more of this kind.)" if others else ""
+    more = f" (also needed: {', '.join(missing)})" if missing else ""
+    more += f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
         return Refusal(f"unknown key.{_hint(first['loc'], verb, keys)}{more}", code="unknown_key", key=key)
     if first["type"] == "missing":
-        return Refusal(f"is needed: {key}=...{'.' + more if more else ''}", code="missing_key", key=key)
+        return Refusal(f"is needed: {key}=...{more}", code="missing_key", key=key)
     if first["type"] in _WORDS:
         wanted = _WORDS[first["type"]]
         how = {"a list": f": write {key}=[{value}]", "text": f": put text in quotes, {key}='\"...\"'"}.get(wanted, "")
-        return Refusal(f"should be {wanted}, not {value!r}{how}{'.' + more if more else ''}", code="wrong_type", key=key)
+        return Refusal(f"should be {wanted}, not {value!r}{how}{more}", code="wrong_type", key=key)
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return Refusal(f"{message}, not {value!r}{'.' + more if more else ''}", code="bad_value", key=key)
+    return Refusal(f"{message}, not {value!r}{more}", code="bad_value", key=key)
 
 
 def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str]]) -> str:
@@ -90,6 +105,8 @@ def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str
     known = keys.get(verb, ())
     in_source = any(isinstance(part, int) for part in loc)
     beside = list(Source.model_fields) if in_source else [n.rpartition(".")[2] for n in known if n.rpartition(".")[0] == group]
+    if key in LATER or (in_source and last == "weight"):
+        return " It is not in this version."
     if not group and ELSEWHERE.get(last, "").split("=")[0].split(" ")[0] in known:
         return f" Here that is {ELSEWHERE[last]}."
     if close := nearest(last, beside):

@@ -126,10 +126,8 @@ def _usage(error: Any, arguments: list[str]) -> Refusal:
         return Refusal(f"{option} stands after a verb: preftune VERB {option}. Verbs: {', '.join(VERBS)}", code="usage")
     if option:
         key = option.lstrip("-").replace("-", "_").split("=")[0]
-        return Refusal(
-            f"there is no flag {option}; keys are written key=value: {key}=... ({flags})",
-            code="unknown_flag",
-        )
+        how = f": {key}=..." if len(key) > 1 else ""
+        return Refusal(f"there is no flag {option}; keys are written key=value{how} ({flags})", code="unknown_flag")
     words = [a for a in arguments if not a.startswith("-")]
     if words and words[0] in LATER:
         return Refusal(f"{words[0]} is not in this version. Verbs: {', '.join(VERBS)}", code="unknown_verb")

@@ -39,7 +39,7 @@ def kl_per_response(
             log_p = _log_probabilities(policy, [ids[r] for r in rows], nullcontext())
             off = adapter_off(policy) if without_adapter else nullcontext()
             log_q = _log_probabilities(other, [ids[r] for r in rows], off)
-            per_step = (log_p.exp() * (log_p - log_q)).sum(-1)
+            per_step = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding can fall below 0
             for n, r in enumerate(rows):
                 begin, end = len(samples[r].prompt_ids) - 1, len(ids[r]) - 1
                 values[r] = float(per_step[n, begin:end].sum())

@@ -47,6 +47,14 @@ def trainable_adapter(model: Any) -> Any:
     return model
 
 
+def adapter_dropout_on(model: Any) -> Any:
+    """In a model in evaluation mode, the dropout of the adapter alone: the only one that is asked for by a key."""
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout") or ".lora_dropout." in name:
+            module.train()
+    return model
+
+
 @contextmanager
 def adapter_off(model: Any) -> Generator[None]:
     """The base model for the time of the call, with the gradients of exactly the same parameters on afterwards."""

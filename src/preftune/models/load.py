@@ -36,6 +36,8 @@ def load_tokenizer(ref: str, *, key: str = "model", trust_remote_code: bool = Fa
 def load_model(ref: str, *, dtype: torch.dtype = torch.float32, key: str = "model", trust_remote_code: bool = False) -> Any:
     """A causal language model in evaluation mode, on the best device. An adapter folder gives its peft model."""
     path = resolve(ref, key)
+    if Path(path).is_dir():  # an adapter notes where its base is: a place that holds from any working folder
+        path = str(Path(path).absolute())
     adapter = facts(path, key).adapter
     with _refusing(ref, "model", key), _quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(

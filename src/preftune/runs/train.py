@@ -142,7 +142,7 @@ def _go(
     progress: Progress | None,
 ) -> Run:
     """The part that computes: adapter, precision, the run, its folder."""
-    from preftune.models.adapters import add_lora, is_adapter, merged, trainable_adapter
+    from preftune.models.adapters import adapter_dropout_on, add_lora, is_adapter, merged, trainable_adapter
     from preftune.models.load import save_model
     from preftune.runs.trainer import Job, run
     from preftune.training.precision import DTYPES, default_dtype
@@ -157,7 +157,7 @@ def _go(
     else:
         model.requires_grad_(True)
     job = Job(
-        model=model.eval(),
+        model=adapter_dropout_on(model.eval()),
         tokenizer=tokenizer,
         train=rendered.train,
         held=rendered.held,
@@ -179,7 +179,10 @@ def _go(
         data_files = [source["path"] for source in rendered.summary["sources"]]
         environment = files.environment([*files.model_files(model_ref), *data_files], device=str(model.device))
         files.write_json(out / "environment.json", environment)
-    result = run(job)
+    try:
+        result = run(job)
+    finally:
+        model.eval()  # the adapter's dropout off again
     if out is not None:
         final = merged(result.model) if keys.adapter.merge and is_adapter(result.model) else result.model
         save_model(final, tokenizer, out / "model", dtype=dtype)
@@ -196,7 +199,8 @@ def _rendered(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) ->
 
 def _resolved(keys: TrainKeys, method: str, out: Path | None, limit: int | None, *, adapter: bool) -> TrainKeys:
     """The keys with every default filled in, said where it was chosen here."""
-    rate = keys.learning_rate or methods.NEEDS[method].learning_rate * (10 if adapter else 1)
+    usual = methods.NEEDS[method].learning_rate
+    rate = keys.learning_rate or (float(f"{10 * usual:g}") if adapter else usual)  # not 9.999999999999999e-06
     if keys.learning_rate is None:
         log.info(f"learning_rate: {rate:g}, the default for {method}{' with an adapter' if adapter else ''}")
     if keys.steps is not None and "epochs" in keys.model_fields_set:

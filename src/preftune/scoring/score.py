@@ -7,7 +7,7 @@ One padded row per response, the model's own logits, float32 log-softmax: right 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,7 +65,8 @@ def score(
     budget = tokens_per_microbatch or default_budget(model)
     order = pack([len(s.ids) for s in batch.sequences], budget)
     tokens: dict[int, dict[str, Tensor]] = {}
-    with evaluation_mode(model):
+    # a model in evaluation mode is left as it is: training switches an adapter's own dropout on in it
+    with evaluation_mode(model) if model.training else nullcontext():
         for rows in order:
             for row, values in zip(rows, _forward(model, [batch.sequences[r] for r in rows], want), strict=True):
                 tokens[row] = values
@@ -133,13 +134,11 @@ def _forward(model: Any, sequences: Sequence[Rendered], want: Sequence[Want]) ->
 
 @contextmanager
 def evaluation_mode(model: Any) -> Generator[None]:
-    """Dropout off for the time of the call. A model in evaluation mode is left as it is, so an adapter's own dropout may
-    be on where the caller switched it on."""
-    if not model.training:
-        yield
-        return
+    """Every dropout off for the time of the call, and afterwards each module as it was."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train()
+        for module in training:
+            module.training = True
