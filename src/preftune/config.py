@@ -232,11 +232,11 @@ def dump(keys: Group) -> str:
 
 
 def all_keys(keys: type[BaseModel], prefix: str = "") -> dict[str, str]:
-    """Every key of a verb, dotted, with its description."""
+    """Every key of a verb, dotted, with its description and default."""
     found: dict[str, str] = {}
     for name, field in keys.model_fields.items():
         inner = _model_of(field.annotation)
-        found[prefix + name] = field.description or ""
+        found[prefix + name] = (field.description or "") + _default(field.default)
         if inner is not None:
             found |= all_keys(inner, f"{prefix}{name}.")
     return found
@@ -369,6 +369,12 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     if "eval_data" in result:
         result["eval_data"] = [{**s, "path": path(s["path"])} for s in result["eval_data"]]
     return result
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, bool):
+        return f" [{str(value).lower()}]"
+    return f" [{value:g}]" if isinstance(value, int | float) else f" [{value}]" if isinstance(value, str) else ""
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

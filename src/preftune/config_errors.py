@@ -83,7 +83,7 @@ def refusal(error: ValidationError, verb: str, keys: Mapping[str, Sequence[str]]
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key, value = ".".join(str(part) for part in first["loc"]), first["input"]
-    missing = [f"{p['loc'][0]}=..." for p in problems if p["type"] == "missing" and p is not first]
+    missing = [f"{'.'.join(map(str, p['loc']))}=..." for p in problems if p["type"] == "missing" and p is not first]
     others = len(problems) - 1 - len(missing)
     more = f" (also needed: {', '.join(missing)})" if missing else ""
     more += f" (and {others} more)" if others else ""
@@ -95,6 +95,8 @@ def refusal(error: ValidationError, verb: str, keys: Mapping[str, Sequence[str]]
         wanted = _WORDS[first["type"]]
         how = {"a list": f": write {key}=[{value}]", "text": f": put text in quotes, {key}='\"...\"'"}.get(wanted, "")
         return Refusal(f"should be {wanted}, not {value!r}{how}{more}", code="wrong_type", key=key)
+    if first["type"] == "too_short":
+        return Refusal(f"should hold at least one value{more}", code="bad_value", key=key)
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return Refusal(f"{message}, not {value!r}{more}", code="bad_value", key=key)
 

@@ -6,6 +6,7 @@ Nothing heavy is imported here: help and refusals answer at once. A verb's own m
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -60,7 +61,10 @@ def _epilog(verb: str) -> str:
 def _verb(name: str) -> Callable[..., None]:
     def call(words: Words = None, as_json: Json = False, quiet: Quiet = False) -> None:
         setup(quiet=quiet)
-        result = import_module(f"preftune.cli.{name}").run(words or [], as_json)
+        try:
+            result = import_module(f"preftune.cli.{name}").run(words or [], as_json)
+        except KeyboardInterrupt as stopped:  # where nothing had to be saved; typer would make it exit 0
+            raise Interrupted("stopped by SIGINT", signal_number=signal.SIGINT) from stopped
         if as_json:
             print(json.dumps({} if result is None else result, ensure_ascii=False))
 
@@ -93,9 +97,7 @@ def run(arguments: list[str] | None = None) -> None:
     except UsageError as error:
         _fail(_usage(error, arguments), arguments)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(Interrupted("stopped by SIGINT", signal_number=2), arguments)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        _fail(Interrupted("stopped by SIGINT", signal_number=signal.SIGINT), arguments)
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:  # a full disk, a folder that was taken away

@@ -51,11 +51,11 @@ def open_data(
     check(reading.groups)
     from preftune.data.read import enforce
     from preftune.data.render import render
-    from preftune.models.load import load_tokenizer, positions_of
+    from preftune.models.load import load_tokenizer, longest, positions_of
     from preftune.runs.prepare import by_row, say_drops
 
     tokenizer = load_tokenizer(refs[0], trust_remote_code=keys.trust_remote_code)
-    limit = keys.max_length or positions_of(refs[0], trust_remote_code=keys.trust_remote_code)
+    limit = longest(keys.max_length, positions_of(refs[0], trust_remote_code=keys.trust_remote_code))
     batch = render(reading.groups, tokenizer, max_length=limit, too_long=options.too_long, template=options.template)
     enforce(
         reading.rows,

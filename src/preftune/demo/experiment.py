@@ -33,12 +33,12 @@ from preftune.runs.train import fit
 log = logging.getLogger("preftune")
 
 SCORERS = {"sentiment": scorers.sentiment, "lexicon": scorers.lexicon}
-TRAIN_PROMPTS, HELD_PROMPTS = 400, 512
+TRAIN_PROMPTS, HELD_PROMPTS = 800, 512
 SAMPLES, NEW_TOKENS = 4, 48
 SETTINGS: dict[str, Any] = {
     "epochs": 2.0,
-    "batch_size": 32,
-    "learning_rate": 3e-4,
+    "batch_size": 48,  # eight openings of six pairs: no opening is cut between two steps
+    "learning_rate": 4e-4,
     "dtype": "float32",
     "train": {"tokens_per_microbatch": 4096},
 }

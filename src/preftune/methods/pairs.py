@@ -13,11 +13,11 @@ from preftune.training.method import Example, Scored
 
 
 def comparisons(groups: Sequence[Group]) -> list[Example]:
-    """Every comparison as (chosen, rejected), the likelier winner first."""
+    """Every comparison as (chosen, rejected), the likelier winner first; one of weight 0 asks for nothing."""
     found: list[Example] = []
     for n, group in enumerate(groups):
         for mark in group.marks:
-            if isinstance(mark, Comparison):
+            if isinstance(mark, Comparison) and mark.weight > 0:
                 chosen, rejected, preference = mark.ordered
                 found.append(Example(n, (chosen, rejected), preference, mark.weight, mark.origin))
     return found

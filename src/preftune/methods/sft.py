@@ -28,7 +28,7 @@ class SFT:
                     response = mark.ordered[0]
                 else:
                     continue
-                if response not in taken:
+                if response not in taken and mark.weight > 0:
                     taken.add(response)
                     found.append(Example(n, (response,), 1.0, mark.weight, mark.origin))
         return found

@@ -36,11 +36,9 @@ def resolve(ref: str, key: str) -> str:
         if (path / "config.yaml").is_file() and not _is_model(path):
             path = path / "model"
             if not _is_model(path):
-                raise Refusal(
-                    f"{ref} is a run without a finished model; look for a folder in {ref}/checkpoints",
-                    code="unfinished_run",
-                    key=key,
-                )
+                saved = sorted((Path(ref) / "checkpoints").glob("*/"), key=lambda folder: folder.stat().st_mtime)
+                hint = f"; its newest checkpoint is {saved[-1]}" if saved else ", and it has no checkpoint"
+                raise Refusal(f"{ref} is a run without a finished model{hint}", code="unfinished_run", key=key)
         if not _is_model(path):
             raise Refusal(f"{ref} holds no model (no config.json, no adapter_config.json)", code="no_model", key=key)
         return str(path)

@@ -94,6 +94,13 @@ def positions_of(ref: str, *, trust_remote_code: bool = False) -> int | None:
         return _positions(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code))
 
 
+def longest(asked: int | None, positions: int | None) -> int | None:
+    """The limit on prompt plus response: what was asked for, within the positions that the model has."""
+    if asked is not None and positions is not None and asked > positions:
+        raise Refusal(f"{asked:,} is over the model's {positions:,} positions", code="too_long", key="max_length")
+    return asked or positions
+
+
 def check_tokenizer(model: Any, tokenizer: Any, reference: Any = None) -> None:
     """Refuses a tokenizer with ids that the model has no row for, and a reference with another vocabulary."""
     size = model.get_input_embeddings().weight.shape[0]

@@ -113,7 +113,8 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
     method = methods.make(data.method, beta=1.0)
     sizes = [{"groups": len(part.groups), "examples": len(method.examples(part.groups))} for part in parts]
     if not sizes[0]["examples"]:
-        raise Refusal(f"no example is left to train on: {tally(dropped, lost)}", code="nothing_kept", key="data")
+        why = tally(dropped, lost) or "all of them are ties without a better answer, or have weight 0"
+        raise Refusal(f"no example is left to train on: {why}", code="nothing_kept", key="data")
     summary = {
         "rows": rows,
         "kept": rows - dropped.total(),

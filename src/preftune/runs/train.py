@@ -184,8 +184,9 @@ def _go(
     finally:
         model.eval()  # the adapter's dropout off again
     if out is not None:
-        final = merged(result.model) if keys.adapter.merge and is_adapter(result.model) else result.model
-        save_model(final, tokenizer, out / "model", dtype=dtype)
+        if keys.adapter.merge and is_adapter(result.model):
+            result.model = merged(result.model)
+        save_model(result.model, tokenizer, out / "model", dtype=dtype)
         files.write_json(out / "evaluation.json", {"before": result.before, "after": result.after})
         files.write_lines(out / "samples.jsonl", result.samples)
         files.write_json(out / "environment.json", environment | {"seconds": round(time.time() - started, 1)})

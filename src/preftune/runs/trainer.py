@@ -92,7 +92,7 @@ def run(job: Job) -> Run:
     the_plan = _plan(job)
     result = Run(job.model, job.method.name, out=job.out)
     rows = needed_rows(job.held, job.method)
-    with stoppable() as stop, _open_metrics(job) as sink:
+    with stoppable() as stop, _open_metrics(job) as sink, _seeded(keys.seed):
         try:
             reference, held_reference = _references(job, weights, the_plan, rows, stop)
             start = _scored(job, weights.compute, job.held, rows, "evaluate", stop)
@@ -128,6 +128,14 @@ def run(job: Job) -> Run:
                 f"stopped by {signals.Signals(number).name} after step {done}{hint}", signal_number=number
             ) from stopped
     return result
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Generator[None]:
+    """An adapter's dropout draws from torch's generator: seeded inside, and left as it was outside."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 class _Stopped(Exception):
