@@ -42,19 +42,24 @@ class Answer:
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> Answer:
-    """`preftune WORDS`, with everything put back that it sets for a process of its own."""
+    """`preftune WORDS`."""
+    capsys.readouterr()
+    code = quietly(*words)
+    return Answer(code, *capsys.readouterr())
+
+
+def quietly(*words: str) -> int:
+    """The exit code of `preftune WORDS`, with everything put back that it sets for a process of its own."""
     log = logging.getLogger("preftune")
     before = log.handlers[:], log.level, log.propagate
-    capsys.readouterr()
-    code = 0
     try:
         with warnings.catch_warnings():
             run(list(words))
     except SystemExit as done:
-        code = int(done.code or 0)
+        return int(done.code or 0)
     finally:
         log.handlers[:], log.level, log.propagate = before
-    return Answer(code, *capsys.readouterr())
+    return 0
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import PAIRS, Answer, call, tree, write_model, write_rows
+from command import PAIRS, Answer, call, quietly, tree, write_model, write_rows
 
 import preftune
-from preftune.cli.app import VERBS, run
+from preftune.cli.app import VERBS
 from preftune.config import VERB_KEYS, all_keys
 
 LINE = {
@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(here)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("preftune.runs.trainer.NEW_TOKENS", 3)
-        run([*TRAIN, "learning_rate=1e-3", "out=done", "--quiet"])
+        assert quietly(*TRAIN, "learning_rate=1e-3", "out=done", "--quiet") == 0
     yield here
     os.chdir(before)
 
@@ -240,7 +240,7 @@ def test_score_writes_a_line_per_distinct_response(preftune_: Any) -> None:
     place = [{"file": "shared.jsonl", "row": 1, "column": "rejected"}, {"file": "shared.jsonl", "row": 3, "column": "chosen"}]
     assert found[1]["from"] == place
     assert len({line["response_id"] for line in found}) == 5
-    assert found[3]["length"] == len(" yes</s>".replace("</s>", "$"))
+    assert found[3]["length"] == len(" yes") + 1, "a token a letter, and the end token"
     assert not Path("deep/s.jsonl.tmp").exists()
 
 
@@ -315,7 +315,7 @@ def test_win_rate(preftune_: Any, place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert other["win_rate"] == (other["wins"] + other["ties"] / 2) / 3
 
 
-# -- generate, chat, report, demo -----------------------------------------------------------------------------------------------
+# -- generate, chat, report, demo ----------------------------------------------------------------------------------------------
 
 
 def test_generate(preftune_: Any) -> None:
