@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from command import PAIRS, Answer, call, quietly, tree, write_model, write_rows
 
 import preftune
@@ -351,6 +352,27 @@ def test_chat(preftune_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "128 positions" in full.err
 
 
+def test_chat_carries_the_conversation(preftune_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    tokenizer = tiny.tokenizer(template=template)
+    if not Path("chatty").exists():
+        write_model(Path("chatty"), template=template)
+    asked: list[str] = []
+
+    def answer(model: Any, own: Any, ids: tuple[int, ...], *rest: Any, **keys: Any) -> str:
+        asked.append(tokenizer.decode(ids))
+        return f"answer{len(asked)}"
+
+    monkeypatch.setattr("preftune.cli.chat._answer", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n two \n/reset\nthree\n"))
+    assert preftune_("chat", "model=chatty", "system=Be brief").code == 0
+    assert asked == [
+        "[system]Be brief[user]one",
+        "[system]Be brief[user]one[assistant]answer1[user]two",
+        "[system]Be brief[user]three",
+    ]
+
+
 def test_report_writes_the_page_again(preftune_: Any) -> None:
     Path("done/report.html").unlink()
     answer = preftune_("report", "done", "--json")
@@ -404,7 +426,7 @@ def test_signals_save_and_exit(place: Path) -> None:
     jobs: list[tuple[signal.Signals, int, Path, subprocess.Popen[str]]] = []
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         out = place / number.name
-        words = ["model=m", "data=pairs.jsonl", "steps=1000000", "batch_size=2", f"out={out}", "--json"]
+        words = ["model=m", "data=pairs.jsonl", "steps=20000", "batch_size=2", f"out={out}", "--json"]
         command = [sys.executable, "-m", "preftune", "train", *words]
         process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         jobs.append((number, code, out, process))

@@ -15,7 +15,7 @@ from preftune.evaluation.intervals import mean_interval
 from preftune.evaluation.kl import kl_per_response
 from preftune.evaluation.win_rate import Scorer, judge, win_rate
 from preftune.generation.sample import Sample, Sampling, sample
-from preftune.models.load import check_tokenizer, max_positions
+from preftune.models.load import check_tokenizer, longest, max_positions
 from preftune.records import Group
 from preftune.scoring.score import score_logp
 
@@ -57,7 +57,7 @@ def evaluate(
     if isinstance(groups, Batch):
         batch = groups
     else:
-        limit = max_length or max_positions(model)
+        limit = longest(max_length, max_positions(model))
         batch = render(groups, tokenizer, max_length=limit, too_long=too_long, template=template)
     name = methods.choose(methods.check_name(method) if method else None, list(batch.groups))
     chosen = methods.make(name, beta=beta)

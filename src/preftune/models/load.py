@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Generator
@@ -64,9 +65,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype |
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()} if dtype else None
+    if dtype is not None and any(p.dtype != dtype for p in model.parameters()):
+        model = copy.deepcopy(model).to(dtype=dtype)  # the whole model: tied weights stay tied, and the config says the dtype
     with _quiet():
-        model.save_pretrained(aside, state_dict=state)
+        model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     if folder.exists():
         shutil.rmtree(folder)

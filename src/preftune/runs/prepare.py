@@ -129,10 +129,10 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
 
 
 def by_row(findings: Sequence[Finding]) -> Counter[str]:
-    """How many rows fell away, by code: a row with several findings counts once."""
-    first: dict[tuple[str, int | None], str] = {}
-    for finding in findings:
-        first.setdefault((finding.file, finding.row), finding.code)
+    """How many rows fell away, by code: a row with several findings counts once, a mark without a row for itself."""
+    first: dict[tuple[str, int | None, int], str] = {}
+    for n, finding in enumerate(findings):
+        first.setdefault((finding.file, finding.row, n if finding.row is None else 0), finding.code)
     return Counter(first.values())
 
 

@@ -48,12 +48,12 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | None:
     # from here on torch and transformers are needed
     import torch
 
-    from preftune.models.load import device, load_model, load_tokenizer, positions_of
+    from preftune.models.load import device, load_model, load_tokenizer, longest, positions_of
     from preftune.training.precision import DTYPES, default_dtype
 
     trust = keys.trust_remote_code
     tokenizer = load_tokenizer(model_ref, trust_remote_code=trust)
-    limit = keys.max_length or positions_of(model_ref, trust_remote_code=trust)
+    limit = longest(keys.max_length, positions_of(model_ref, trust_remote_code=trust))
     rendered = _rendered(data, tokenizer, keys, limit)
     keys = _resolved(keys, data.method, out, limit, adapter=known.adapter or keys.adapter.type != "none")
     if keys.dry_run:
@@ -106,7 +106,7 @@ def fit(
         run = preftune.fit(model, tokenizer, preftune.read("pairs.jsonl"), beta=0.1, learning_rate=1e-6)
     """
     from preftune.models.adapters import is_adapter
-    from preftune.models.load import check_tokenizer, max_positions
+    from preftune.models.load import check_tokenizer, longest, max_positions
 
     options = build(TrainKeys, {"model": str(getattr(model, "name_or_path", "")), "data": {}, **keys})
     check_tokenizer(model, tokenizer, reference)
@@ -114,7 +114,7 @@ def fit(
     name = methods.choose(methods.check_name(method), list(groups))
     folder = files.choose_out(str(out), name, overwrite=options.overwrite) if out is not None else None
     data = from_groups(groups, eval_groups, name, options.data)
-    limit = options.max_length or max_positions(model)
+    limit = longest(options.max_length, max_positions(model))
     rendered = _rendered(data, tokenizer, options, limit)
     adapter = is_adapter(model) or options.adapter.type != "none"
     options = _resolved(options, name, folder, limit, adapter=adapter)

@@ -278,11 +278,13 @@ def _side_by_side(
 
 
 def _kl(job: Job, weights: Weights, samples: list[Sample]) -> dict[str, Any]:
-    """KL of the trained policy from where it started, on the answers it just gave; nothing where the start is gone."""
-    if not samples or not job.method.needs_reference or (not job.new_adapter and job.load_start is None):
+    """KL of the trained policy from its reference, on the answers it just gave; nothing where the reference is gone."""
+    off = job.new_adapter and job.load_reference is None  # the base under the adapter is the reference
+    load = job.load_reference or job.load_start
+    if not samples or not job.method.needs_reference or (not off and load is None):
         return {}
-    reference = None if job.new_adapter or job.load_start is None else job.load_start()
-    values = kl_per_response(weights.compute, reference, samples, without_adapter=job.new_adapter)
+    reference = None if off or load is None else load()
+    values = kl_per_response(weights.compute, reference, samples, without_adapter=off)
     found = mean_interval(values, range(len(values)), seed=job.keys.seed)
     assert found is not None
     return {"kl": found[0], "kl_samples": len(values), "kl_interval": found[1]}
