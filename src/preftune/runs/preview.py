@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING, Any
 
 from preftune import methods
@@ -18,9 +17,11 @@ log = logging.getLogger("preftune")
 
 def show(keys: TrainKeys, rendered: Rendered, tokenizer: Any) -> None:
     """Says it through the log, like everything that is said."""
+    from preftune.training.steps import count_steps
+
     method = methods.make(keys.method.name or "", beta=keys.beta)
     examples = len(method.examples(rendered.train.groups))
-    steps = keys.steps or max(1, round(keys.epochs * math.ceil(examples / keys.batch_size)))
+    steps = count_steps(examples, batch_size=keys.batch_size, epochs=keys.epochs, steps=keys.steps)
     lengths = [len(s.ids) for s in rendered.train.sequences]
     log.info(
         f"dry run: {keys.method.name} on {examples:,} examples in {len(rendered.train.groups):,} groups, "

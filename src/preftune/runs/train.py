@@ -171,14 +171,7 @@ def _go(
         **({"progress": progress} if progress else {}),
     )
     started = time.time()
-    environment: dict[str, Any] = {}
-    if out is not None:
-        files.make(out)
-        files.write_text(out / "config.yaml", dump(keys))
-        files.write_json(out / "data.json", rendered.summary)
-        data_files = [source["path"] for source in rendered.summary["sources"]]
-        environment = files.environment([*files.model_files(model_ref), *data_files], device=str(model.device))
-        files.write_json(out / "environment.json", environment)
+    environment = _open_folder(out, keys, rendered, model_ref, str(model.device)) if out else {}
     try:
         result = run(job)
     finally:
@@ -187,11 +180,27 @@ def _go(
         if keys.adapter.merge and is_adapter(result.model):
             result.model = merged(result.model)
         save_model(result.model, tokenizer, out / "model", dtype=dtype)
-        files.write_json(out / "evaluation.json", {"before": result.before, "after": result.after})
-        files.write_lines(out / "samples.jsonl", result.samples)
-        files.write_json(out / "environment.json", environment | {"seconds": round(time.time() - started, 1)})
-        report.write(out)
+        _close_folder(out, result, environment | {"seconds": round(time.time() - started, 1)})
     return result
+
+
+def _open_folder(out: Path, keys: TrainKeys, rendered: Rendered, model_ref: str, device: str) -> dict[str, Any]:
+    """What can be written before the first step; gives the environment back, which the end adds to."""
+    files.make(out)
+    files.write_text(out / "config.yaml", dump(keys))
+    files.write_json(out / "data.json", rendered.summary)
+    data_files = [source["path"] for source in rendered.summary["sources"]]
+    environment = files.environment([*files.model_files(model_ref), *data_files], device=device)
+    files.write_json(out / "environment.json", environment)
+    return environment
+
+
+def _close_folder(out: Path, result: Run, environment: dict[str, Any]) -> None:
+    """The figures and the report; the weights are saved by then."""
+    files.write_json(out / "evaluation.json", {"before": result.before, "after": result.after})
+    files.write_lines(out / "samples.jsonl", result.samples)
+    files.write_json(out / "environment.json", environment)
+    report.write(out)
 
 
 def _rendered(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) -> Rendered:

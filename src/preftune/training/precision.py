@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

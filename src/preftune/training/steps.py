@@ -60,8 +60,7 @@ def plan(
 ) -> Plan:
     """Groups are shuffled by (seed, epoch), marks within a group too; a group's marks follow each other and may go on
     in the next step; the last batch of an epoch may be smaller."""
-    per_epoch = math.ceil(len(examples) / batch_size)
-    total = steps if steps is not None else max(1, round(epochs * per_epoch))
+    total = count_steps(len(examples), batch_size=batch_size, epochs=epochs, steps=steps)
     batches: list[tuple[int, tuple[Example, ...]]] = []
     epoch = 0
     while len(batches) < total:
@@ -70,6 +69,11 @@ def plan(
             batches.append((epoch, tuple(order[at : at + batch_size])))
         epoch += 1
     return Plan(tuple(batches[:total]), learning_rate, options)
+
+
+def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
+    """Optimizer steps of a run: `steps` where given, else `epochs` passes over the examples, at least one step."""
+    return steps if steps is not None else max(1, round(epochs * math.ceil(examples / batch_size)))
 
 
 def shuffled(examples: Sequence[Example], seed: int, epoch: int) -> list[Example]:
