@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from command import PAIRS, tree, write_rows
 
 import preftune
 from preftune.errors import Refusal
+from preftune.models.load import check_same_vocabulary
 from preftune.records import Comparison, Demonstration, Group, Message
 
 CHATS = [
@@ -71,6 +73,9 @@ def test_signatures_of_the_contract() -> None:
 def test_names() -> None:
     assert issubclass(preftune.Refusal, preftune.PreftuneError)
     assert issubclass(preftune.RunFailed, preftune.PreftuneError)
+    assert issubclass(preftune.Interrupted, preftune.PreftuneError)
+    assert set(preftune.__all__) == set(dir(preftune)) - {"__version__"}
+    assert all(hasattr(preftune, name) for name in preftune.__all__)
     assert callable(preftune.losses.dpo)
     with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
         preftune.nosuch  # noqa: B018
@@ -236,3 +241,44 @@ def test_evaluate_before_and_after(model: Any, tokenizer: Any) -> None:
     assert after["loss"] < math.log(2)
     assert after["kl"] > 1e-3
     assert after["comparisons"] == after["prompts"] == 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"dry_run": True}, "dry_run"),
+        ({"eval_data": "pairs.jsonl"}, "eval_data"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"data": "pairs.jsonl"}, "data.sources"),
+        ({"data": {"sources": ["pairs.jsonl"]}}, "data.sources"),
+    ],
+)
+def test_fit_refuses_what_it_would_not_read(keys: dict[str, Any], key: str, model: Any, tokenizer: Any) -> None:
+    with pytest.raises(Refusal) as refused:
+        preftune.fit(model, tokenizer, preftune.read(PAIRS[:4]), **keys)
+    assert (refused.value.code, refused.value.key) == ("not_in_fit", key)
+
+
+def test_fit_refuses_an_adapter_on_an_adapter(model: Any, tokenizer: Any) -> None:
+    groups = preftune.read(PAIRS[:4])
+    adapted = preftune.fit(model, tokenizer, groups, adapter="lora", **KEYS).model
+    with pytest.raises(Refusal, match="an adapter already"):
+        preftune.fit(adapted, tokenizer, groups, adapter="lora", **KEYS)
+
+
+def test_tokens_with_other_ids_are_another_vocabulary(tokenizer: Any) -> None:
+    check_same_vocabulary(tokenizer, tiny.tokenizer(template="{{ messages }}"))
+    other = tiny.tokenizer()
+    other.add_tokens(["zebra"])
+    with pytest.raises(Refusal, match=f"'zebra' is absent in one and {tiny.VOCABULARY} in the other"):
+        check_same_vocabulary(tokenizer, other)
+
+
+def test_the_step_whose_weights_are_kept_is_said(model: Any, tokenizer: Any, no_report: None) -> None:
+    """Held-out people want the opposite: every step makes it worse, so that the first evaluation is the best."""
+    opposite = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in PAIRS[:8]]
+    keys = {**KEYS, "steps": 6, "learning_rate": 1e-2, "train": {"eval_every": 2}}
+    run = preftune.fit(model, tokenizer, preftune.read(PAIRS[:8]), eval_groups=preftune.read(opposite), out="run", **keys)
+    losses = {line["step"]: line["eval/loss"] for line in run.metrics if "eval/loss" in line}
+    assert run.kept_step == min(losses, key=losses.__getitem__) == 2
+    assert json.loads(Path("run/evaluation.json").read_text())["kept_step"] == run.kept_step

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from command import PAIRS, Answer, call, quietly, tree, write_model, write_rows
 
 import preftune
 from preftune.cli.app import VERBS
+from preftune.cli.console import Watch, setup
 from preftune.config import VERB_KEYS, all_keys
 
 LINE = {
@@ -153,10 +156,14 @@ def test_a_dry_run_shows_rows_and_writes_nothing(preftune_: Any, place: Path) ->
     answer = preftune_(*TRAIN, "dry_run=true", "out=new")
     assert (answer.code, answer.out, tree(place)) == (0, "", before)
     assert f"{len(PAIRS)} rows" in answer.err
-    shown = [line for line in answer.err.splitlines() if line.startswith("group ")]
-    assert len(shown) == 3
+    shown = [line for line in answer.err.splitlines() if line.startswith(("  chosen: ", "  rejected: "))]
+    assert len(shown) == 6 and answer.err.count("pairs.jsonl:") >= 3
     assert all(line.count("⟦") == line.count("⟧") == 1 and line.endswith("</s>⟧") for line in shown)
-    assert preftune_(*TRAIN, "dry_run=true", "--json").json == {}
+
+
+def test_the_plan_of_a_dry_run_is_its_document(preftune_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preftune.runs.train.train", lambda keys, progress: {"steps": 2})
+    assert preftune_(*TRAIN, "dry_run=true", "--json").json == {"steps": 2}
 
 
 def test_held_out_data_and_checkpoints(preftune_: Any) -> None:
@@ -215,6 +222,28 @@ def test_adapter_then_merge(preftune_: Any, no_report: None) -> None:
     assert Path("merged.old-1/model.safetensors").is_file()
 
 
+def test_a_merged_model_keeps_the_precision_of_its_base(preftune_: Any, no_report: None) -> None:
+    """The sum is taken in float32, and rounded once."""
+    import torch
+    from safetensors.torch import load_file
+
+    from preftune.models.load import load_model
+
+    tiny.model(positions=128).to(torch.bfloat16).save_pretrained("half")
+    tiny.tokenizer().save_pretrained("half")
+    said = json.loads(Path("half/config.json").read_text())
+    Path("half/config.json").write_text(json.dumps(said | {"dtype": "float16"}))  # what is stored counts, not what is said
+    words = ["train", "model=half", "data=few.jsonl", "dtype=float32", "batch_size=4", "steps=2", "learning_rate=1e-2"]
+    assert preftune_(*words, "adapter=lora", "adapter.r=2", "out=on_half", "--quiet").code == 0
+    exact = load_model("on_half").merge_and_unload().state_dict()
+    for out, dtype, more in (("as_stored", torch.bfloat16, []), ("as_asked", torch.float32, ["dtype=float32"])):
+        assert preftune_("merge", "on_half", f"out={out}", *more, "--quiet").code == 0
+        merged = load_file(f"{out}/model.safetensors")
+        assert {tensor.dtype for tensor in merged.values()} == {dtype}
+        assert all(torch.equal(tensor, exact[name].to(dtype)) for name, tensor in merged.items())
+        assert json.loads(Path(out, "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
 def test_merged_at_the_end_of_training(preftune_: Any, no_report: None) -> None:
     assert preftune_(*TRAIN, "adapter=lora", "adapter.r=2", "adapter.merge=true", "out=folded", "--quiet").code == 0
     assert "model.safetensors" in {p.name for p in Path("folded/model").iterdir()}
@@ -236,13 +265,70 @@ def test_score_writes_a_line_per_distinct_response(preftune_: Any) -> None:
     answer = preftune_("score", "model=m", "data=shared.jsonl", "out=deep/s.jsonl", "--json")
     assert answer.json == {"out": "deep/s.jsonl", "responses": 5, "groups": 2}
     found = lines("deep/s.jsonl")
-    assert [(line["group"], line["response"]) for line in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [(line["group"], line["response"]) for line in found] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2)]
     assert set(found[0]) == {"group", "response", "group_id", "response_id", "from", "logp", "length"}
     place = [{"file": "shared.jsonl", "row": 1, "column": "rejected"}, {"file": "shared.jsonl", "row": 3, "column": "chosen"}]
     assert found[1]["from"] == place
     assert len({line["response_id"] for line in found}) == 5
-    assert found[3]["length"] == len(" yes") + 1, "a token a letter, and the end token"
+    assert found[2]["length"] == len(" yes") + 1, "a token a letter, and the end token"
     assert not Path("deep/s.jsonl.tmp").exists()
+
+
+def test_dropped_rows_leave_no_trace_in_the_scores(preftune_: Any) -> None:
+    """Order and numbers are those of a file without them; only the row numbers tell that they were there."""
+    long = " and so on" * 40
+    prompts = [" A", " B", " C"]
+    rows = [
+        {"prompt": prompts[p], "chosen": chosen, "rejected": rejected}
+        for p, chosen, rejected in [
+            (0, " yes", " no"),
+            (1, long, " no"),  # too long, and the first of its prompt
+            (2, " one", " two"),
+            (1, " yes", " no"),
+            (0, " three", " no"),
+            (0, " no", long),  # too long; its chosen answer stands in other rows too
+            (0, long, " four"),
+            (2, " two", " five"),
+        ]
+    ]
+    write_rows(Path("z.jsonl"), rows[:5])
+    write_rows(Path("a.jsonl"), rows[5:])  # files in the order given, not of their names
+    assert preftune_("score", "model=m", "data=[z.jsonl, a.jsonl]", "out=kept.jsonl").code == 0
+    found = lines("kept.jsonl")
+    assert [(line["group"], line["response"]) for line in found] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+        (0, 2),
+        (1, 2),
+    ]
+    assert [[(o["file"], o["row"], o["column"]) for o in line["from"]] for line in found] == [
+        [("z.jsonl", 1, "chosen")],
+        [("z.jsonl", 1, "rejected"), ("z.jsonl", 5, "rejected")],
+        [("z.jsonl", 3, "chosen")],
+        [("z.jsonl", 3, "rejected"), ("a.jsonl", 3, "chosen")],
+        [("z.jsonl", 4, "chosen")],
+        [("z.jsonl", 4, "rejected")],
+        [("z.jsonl", 5, "chosen")],
+        [("a.jsonl", 3, "rejected")],
+    ]
+    write_rows(Path("clean.jsonl"), [row for row in rows if long not in row.values()])
+    assert preftune_("score", "model=m", "data=clean.jsonl", "out=clean.out.jsonl", "--quiet").code == 0
+    clean = lines("clean.out.jsonl")
+    assert [line | {"from": None} for line in found] == [line | {"from": None} for line in clean]
+
+
+def test_scores_that_are_not_finite_are_no_scores(preftune_: Any) -> None:
+    broken = tiny.model(positions=128)
+    broken.model.layers[0].mlp.up_proj.weight.data.fill_(math.nan)
+    broken.save_pretrained("broken")
+    tiny.tokenizer().save_pretrained("broken")
+    answer = preftune_("score", "model=broken", "data=few.jsonl", "out=broken.jsonl", "--json")
+    assert (answer.code, answer.error["code"]) == (1, "not_finite")
+    assert not Path("broken.jsonl").exists()
 
 
 def test_score_against_a_reference_with_tokens(preftune_: Any) -> None:
@@ -316,13 +402,34 @@ def test_win_rate(preftune_: Any, place: Path, monkeypatch: pytest.MonkeyPatch) 
     assert other["win_rate"] == (other["wins"] + other["ties"] / 2) / 3
 
 
+def test_what_a_scorer_prints_stays_out_of_the_document(preftune_: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(place)
+    (place / "loud_scorer.py").write_text("def one(prompts, responses): print('judging'); return [1.0] * len(responses)\n")
+    words = ["evaluate", "model=m", "against=m", "prompts=prompts.jsonl", "scorer=loud_scorer:one", "max_new_tokens=2"]
+    answer = preftune_(*words, "--json", "--quiet")
+    assert answer.json["ties"] == 3
+    assert set(answer.err.splitlines()) == {"judging"}
+    assert "judging" in preftune_(*words, "--quiet").out, "without --json it is the user's own standard output"
+
+
+def test_what_an_evaluation_does_not_use_of_a_file_is_said(
+    preftune_: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(place)
+    Path("both.yaml").write_text("model: m\nbeta: 0.5\nprompts: prompts.jsonl\nscorer: my_scorer:length\nmax_new_tokens: 2\n")
+    win_rate, held_out = (preftune_("evaluate", "both.yaml", word) for word in ("against=m", "data=few.jsonl"))
+    assert (win_rate.code, held_out.code) == (0, 0)
+    assert "not used by a win rate: beta\n" in win_rate.err
+    assert "not used by held-out data: prompts, scorer\n" in held_out.err
+
+
 # -- generate, chat, report, demo ----------------------------------------------------------------------------------------------
 
 
 def test_generate(preftune_: Any) -> None:
     words = ["generate", "model=done", "prompts=prompts.jsonl", "samples=2", "max_new_tokens=3", "seed=1"]
     answer = preftune_(*words, "out=g.jsonl", "--json")
-    assert answer.json == {"out": "g.jsonl", "prompts": 3, "responses": 6}
+    assert answer.json == {"out": "g.jsonl", "prompts": 3, "responses": 6, "left_out": 0}
     found = lines("g.jsonl")
     assert set(found[0]) == {"prompt_index", "sample", "prompt", "response", "tokens", "finish"}
     assert [(line["prompt_index"], line["sample"]) for line in found] == [(p, s) for p in range(3) for s in range(2)]
@@ -334,6 +441,25 @@ def test_generate(preftune_: Any) -> None:
     greedy = [preftune_(*words, "temperature=0", f"seed={n}", "--quiet").out for n in (1, 2)]
     assert greedy[0] == greedy[1]
     assert preftune_(*words, "seed=2", "--quiet").out != printed.out
+
+
+def test_prompts_without_room_are_left_out_and_named(preftune_: Any) -> None:
+    long = "and so on " * 13  # over 128 positions
+    write_rows(Path("room.jsonl"), [{"prompt": p} for p in ["a", *(f"{n}{long}" for n in range(6)), "b"]])
+    words = ["generate", "model=m", "max_new_tokens=3", "out=room.out.jsonl", "overwrite=true", "--json"]
+    answer = preftune_(*words, "prompts=room.jsonl", "samples=2")
+    assert answer.json == {"out": "room.out.jsonl", "prompts": 2, "responses": 4, "left_out": 6}
+    found = lines("room.out.jsonl")
+    assert [(line["prompt_index"], line["prompt"]) for line in found] == [(0, "a"), (0, "a"), (7, "b"), (7, "b")]
+    named = ", ".join(f"prompt_index {n}" for n in range(1, 6))
+    assert re.search(rf"^warning: 6 of 8 prompts left out, .*128 positions .*: {named}, \.\.\.$", answer.err, re.M)
+    write_rows(Path("rows.jsonl"), [PAIRS[0], {**PAIRS[1], "prompt": long}])
+    assert re.search(r"1 of 2 prompts left out.*: rows\.jsonl row 2$", preftune_(*words, "prompts=rows.jsonl").err, re.M)
+    exact = 1 + len("xy")  # the start token, and a token a letter
+    write_rows(Path("exact.jsonl"), [{"prompt": "xy"}])
+    assert preftune_(*words, "prompts=exact.jsonl", f"max_new_tokens={128 - exact}").code == 0
+    over = preftune_(*words, "prompts=exact.jsonl", f"max_new_tokens={128 - exact + 1}")
+    assert (over.code, over.error["key"]) == (2, "max_new_tokens")
 
 
 def test_chat(preftune_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,6 +497,34 @@ def test_chat_carries_the_conversation(preftune_: Any, monkeypatch: pytest.Monke
         "[system]Be brief[user]one[assistant]answer1[user]two",
         "[system]Be brief[user]three",
     ]
+
+
+def test_chat_speaks_the_template_that_is_named(preftune_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny.tokenizer()
+    asked: list[str] = []
+
+    def answer(model: Any, own: Any, ids: tuple[int, ...], *rest: Any, **keys: Any) -> str:
+        asked.append(tokenizer.decode(ids, skip_special_tokens=True))
+        return " yes"
+
+    monkeypatch.setattr("preftune.cli.chat._answer", answer)
+    Path("short.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    for template in ("plain", "short.jinja"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+        said = preftune_("chat", "model=m", f"template={template}")
+        assert (said.code, "no chat template" in said.err) == (0, False)
+    assert asked == [
+        "\n\nHuman: one\n\nAssistant:",
+        "\n\nHuman: one\n\nAssistant:  yes\n\nHuman: two\n\nAssistant:",
+        "[one]",
+        "[one][ yes][two]",
+    ]
+    refused = preftune_("chat", "model=m", "template=gone.jinja")
+    assert refused.code == 2
+    assert refused.err.startswith("preftune: template: the chat template gone.jinja cannot be read")
+    Path("bad.jinja").write_text("{% for %}")
+    refused = preftune_("chat", "model=m", "template=bad.jinja")
+    assert (refused.code, "Type a message" in refused.err) == (2, False)
 
 
 def test_report_writes_the_page_again(preftune_: Any) -> None:
@@ -416,6 +570,78 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert bare == asked
     assert all(verb in asked.out for verb in VERBS)
     assert call(capsys, "--version") == Answer(0, f"preftune {preftune.__version__}\n", "")
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "score model=m reference=b data=few.jsonl out=p.jsonl overwrite=true",
+            ["scoring: 8 of 8", "scoring the reference: 8 of 8"],
+        ),
+        (
+            "evaluate model=m reference=b data=few.jsonl kl_samples=3 max_new_tokens=2",
+            ["scoring held-out data: 8 of 8", "scoring the reference: 8 of 8", "sampling: 3 of 3", "measuring the KL: 3 of 3"],
+        ),
+        ("evaluate model=m against=b prompts=prompts.jsonl scorer=my_scorer:length max_new_tokens=2", ["sampling: 3 of 3"] * 2),
+        ("generate model=m prompts=prompts.jsonl samples=2 max_new_tokens=2", ["sampling: 6 of 6"]),
+    ],
+)
+def test_long_work_shows_how_far_it_is(
+    line: str, said: list[str], preftune_: Any, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(place)
+    assert " of " not in preftune_(*line.split(), "--quiet").err
+    assert not re.search(r": \d+ of \d+$", preftune_(*line.split()).err, re.M), "what takes a moment is not reported"
+    monkeypatch.setattr("preftune.cli.console.EVERY", -1.0)
+    shown = re.findall(r"^[\w -]+: (\d+) of \1$", preftune_(*line.split()).err, re.M)
+    assert len(shown) == len(said)
+    assert [text for text in preftune_(*line.split()).err.splitlines() if text in said] == said
+
+
+def test_where_nobody_watches_a_line_is_said_now_and_then(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("preftune.cli.console.time.monotonic", lambda: clock[0])
+    caplog.set_level("INFO", logger="preftune")
+    with Watch() as watch:
+        for clock[0], phase, done in (
+            *((1.0, "sample", 1), (14.0, "sample", 2), (16.0, "sample", 3), (30.0, "sample", 4), (32.0, "kl", 4)),
+            *((33.0, "train", 1), (34.0, "train", 2), (49.0, "train", 3), (50.0, "train", 4)),
+        ):
+            watch(phase, done, 4, {"loss": 0.5} if phase == "train" else {})
+    assert caplog.messages == [
+        "sampling: 3 of 4",
+        "measuring the KL: 4 of 4",
+        "step 1 of 4  loss 0.5000",
+        "step 3 of 4  loss 0.5000",
+        "step 4 of 4  loss 0.5000",
+    ]
+
+
+def test_what_is_said_stands_above_a_live_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    log = logging.getLogger("preftune")
+    before = log.handlers[:], log.level, log.propagate
+    try:
+        with warnings.catch_warnings():
+            setup(quiet=False)
+        with Watch() as watch:
+            watch("sample", 1, 4, {})
+            log.info("a line")
+            watch("sample", 2, 4, {})
+    finally:
+        log.handlers[:], log.level, log.propagate = before
+    shown = screen.getvalue()
+    assert "sampling" in shown
+    assert re.search(r"(\r|\n|\x1b\[2K)a line *\n", shown), repr(shown)
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------------

@@ -129,6 +129,22 @@ def test_one_file_serves_every_verb() -> None:
     assert (refused.value.key, refused.value.file) == ("bta", "typo.yaml")
 
 
+def test_what_a_verb_does_not_use_of_a_file_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="preftune")
+    written("base.yaml", "model: m\nlearning_rate: 1e-6\nout: null\nagainst: null\n")
+    file = written("run.yaml", "base: base.yaml\nprompts: p\nbeta: 0.1\nepochs: 2\n")
+    resolve(GenerateKeys, [file])
+    assert caplog.messages == [
+        "base.yaml: not used by generate: learning_rate",
+        "run.yaml: not used by generate: beta, epochs",
+    ]
+    caplog.clear()
+    resolve(TrainKeys, [written("train.yaml", "model: m\ndata: d\nbeta: 0.1\n")])
+    assert caplog.messages == []
+    with pytest.raises(Refusal, match="It is a key of train, evaluate, score"):
+        resolve(GenerateKeys, [file, "beta=0.1"])
+
+
 def test_a_refusal_names_the_file_that_said_it_last() -> None:
     written("base.yaml", "model: m\ndata: d\nbeta: 0\n")
     file = written("run.yaml", "base: base.yaml\nsteps: 0\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import tiny
+import tolerances
 
 import preftune
 from preftune import config, methods
@@ -209,7 +211,8 @@ def test_the_example_rows_are_read_as_pairs(home: Path) -> None:
 
 
 def test_python_of_the_readme_runs(ran: dict[str, Any], home: Path) -> None:
-    assert ran["run"].metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    # the README asks for no precision: on hardware that computes in bfloat16 the first digits come from there
+    assert ran["run"].metrics[0]["loss"] == pytest.approx(math.log(2), abs=tolerances.BF16)
     assert callable(ran["ask"])
     assert (home / "runs/python/model/config.json").is_file()
 

@@ -256,3 +256,42 @@ def test_kl_of_a_model_to_itself_is_zero_and_else_positive_both_ways() -> None:
     assert kl_per_response(one, Table(0), responses()) == [0.0] * 10
     forth, back = kl_per_response(one, other, responses()), kl_per_response(other, one, responses())
     assert min(forth + back) > 0 and forth != pytest.approx(back, abs=0.01)
+
+
+# -- what is not finite -------------------------------------------------------------------------------------------------------
+
+
+def spoiled() -> Any:
+    """A model that gives no number once the token of "z" was read."""
+    model = tiny.model(tie_word_embeddings=False, name="untied")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tiny.tokenizer()("z").input_ids[-1]] = math.nan
+    return model
+
+
+def test_a_score_that_is_no_number_is_an_error_that_names_its_row(model: Any, tokenizer: Any) -> None:
+    groups = [*tiny.pairs(2), tiny.pair("Q: ", "zz top", "other", row=7)]
+    for policy, reference in ((spoiled(), None), (model, spoiled())):
+        with pytest.raises(RunFailed, match=r"no finite log-probability to 1 of \d+ responses \(pairs.jsonl row 7\)"):
+            preftune.evaluate(policy, tokenizer, groups, reference=reference)
+
+
+def test_a_kl_that_is_no_number_is_an_error(model: Any) -> None:
+    z = tiny.tokenizer()("z").input_ids[-1]
+    samples = [Sample(0, 0, (9, 30), (31, 32), "", "length"), Sample(1, 0, (9, 30), (z, 32), "", "length")]
+    with pytest.raises(RunFailed, match="the KL of response 1 is nan"):
+        kl_per_response(model, spoiled(), samples)
+
+
+def test_a_vocabulary_padded_further_is_the_same_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Three more rows of zeros in the reference: nothing but a trace of probability on them."""
+    padded = tiny.model()
+    padded.resize_token_embeddings(tiny.VOCABULARY + 3, mean_resizing=False)
+    with torch.no_grad():
+        padded.get_input_embeddings().weight[tiny.VOCABULARY :] = -30 * padded.get_input_embeddings().weight.mean(0)
+    found = preftune.evaluate(model, tokenizer, tiny.pairs(4), reference=padded, kl_samples=4, max_new_tokens=5)
+    assert found["kl"] is not None and math.isfinite(found["margin"])
+    other = tiny.model(vocab_size=tiny.VOCABULARY + 5000)
+    with pytest.raises(Refusal) as refused:
+        preftune.evaluate(model, tokenizer, tiny.pairs(4), reference=other)
+    assert (refused.value.code, refused.value.key) == ("vocabulary_mismatch", "reference")

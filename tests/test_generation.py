@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from preftune.generation.sample import Sample, Sampling, continuation_text, end_tokens, sample
+from preftune.generation.sample import Sample, Sampling, continuation_text, end_tokens, sample, with_room
 from preftune.models.adapters import add_lora
 from preftune.models.options import AdapterOptions
 
@@ -212,3 +212,16 @@ def test_a_pretrained_model_goes_on_with_a_space(shared: Any) -> None:
     prompt = tuple(tok("Once upon a time, there was a").input_ids)
     (found,) = sample(model, tok, [prompt], Sampling(temperature=0, max_new_tokens=8))
     assert found.text.startswith(" ") and found.text.strip()
+
+
+def test_a_prompt_near_the_last_position_shortens_its_own_response_alone(tokenizer: Any) -> None:
+    model = never_ending(positions=16)
+    prompts = [(80, 81), tuple(range(70, 83)), (5, 6, 7, 8), tuple(range(60, 75)), tuple(range(40, 53))]
+    found = sample(model, tokenizer, prompts, Sampling(samples=2, max_new_tokens=8))
+    assert [(s.prompt_index, len(s.ids)) for s in found] == [(n, k) for n, k in enumerate((8, 3, 8, 1, 3)) for _ in range(2)]
+
+
+def test_prompts_without_room_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [(80, 81), tuple(range(70, 86)), (5,), tuple(range(60, 77))]
+    assert with_room(tiny.model(positions=16), prompts) == [0, 2]
+    assert "2 of 4 prompts fill the model's 16 positions" in caplog.text

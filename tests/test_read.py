@@ -15,7 +15,7 @@ import pytest
 from preftune.data.options import DataOptions, Source
 from preftune.data.read import Reading, enforce, load, read
 from preftune.errors import Refusal
-from preftune.records import Comparison, Finding, Group, Origin
+from preftune.records import Comparison, Finding, Group, Origin, Response
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -109,6 +109,20 @@ def test_sources_may_be_mixed(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_an_answer_that_was_cut_stays_so_when_groups_merge() -> None:
+    cut = Group("q", (Response("a", (Origin("samples", 1, "response"),), finished=False), Response("c")), (Comparison(0, 1),))
+    (group,) = load([PAIR, cut]).groups
+    assert [(r.content, r.finished) for r in group.responses] == [("a", True), ("b", True), ("a", False), ("c", True)]
+    assert [m.responses for m in group.marks] == [(0, 1), (2, 3)], "the same words, cut off, are another answer"
+    assert load([cut, PAIR]).groups[0].responses[0] == cut.responses[0]
+
+
+def test_origins_name_the_files_own_columns() -> None:
+    (group,) = load([{"prompt": "q", "better": "a", "rejected": "b"}], options=DataOptions(columns={"chosen": "better"})).groups
+    assert [o.column for r in group.responses for o in r.origins] == ["better", "rejected"]
+    assert group.marks[0].origin == Origin("rows", 1, "better")
+
+
 def test_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_list([PAIR, {**PAIR, "chosen": None}])
@@ -123,6 +137,13 @@ def test_datasets(tmp_path: Path) -> None:
     assert load({"path": str(tmp_path / "two"), "split": "test"}).rows == 1
     with pytest.raises(Refusal, match="train, test"):
         load(splits, options=DataOptions(split="trian"))
+    for source in (dataset, str(tmp_path / "one"), [PAIR]):
+        with pytest.raises(Refusal, match="has no splits") as refused:
+            load(source, options=DataOptions(split="test"))
+        assert refused.value.code == "no_splits"
+    chats = datasets.Dataset.from_list([{**PAIR, "prompt": [{"role": "user", "content": "q"}]}]).with_format("numpy")
+    for source in (chats, datasets.DatasetDict({"train": chats})):
+        assert load(source).kept == 1, "whatever tensors its owner asked for"
 
 
 def test_an_unknown_hub_name_is_one_line(tmp_path: Path) -> None:
@@ -147,7 +168,7 @@ def test_an_unknown_hub_name_is_one_line(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "q", "choosen": "a", "rejected": "b"}', "a.jsonl", "no_known_columns", "choosen"),
         ("a.md", "# hi", "", "not_found", "no data files"),
         ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "format": "pair"}, "unknown_format", "Did you mean pairs?"),
-        ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "split": "test"}, "unknown_split", "no splits"),
+        ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "split": "test"}, "no_splits", "no splits"),
         ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "limit": 0}, "bad_option", "1"),
         ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "colums": {}}, "bad_option", "Did you mean columns?"),
         ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "columns": {"choosen": "a"}}, "unknown_column", "chosen?"),
@@ -162,6 +183,18 @@ def test_refusals(tmp_path: Path, name: str, content: str, source: Any, code: st
     assert caught.value.code == code
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["a.jsonl", "."])
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """A default for every source, too: what was asked for is not passed over."""
+    monkeypatch.chdir(tmp_path)
+    written(Path("a.jsonl"), [PAIR])
+    with pytest.raises(Refusal, match="has no splits: leave split out") as refused:
+        load(source, options=DataOptions(split="test"))
+    assert (refused.value.code, refused.value.file) == ("no_splits", source)
+    with pytest.raises(Refusal, match="has no splits"):
+        load({"path": source, "split": "test"})
 
 
 @pytest.mark.parametrize(("source", "code"), [([], "no_data"), ([3], "unknown_source"), (None, "unknown_source")])

@@ -100,7 +100,10 @@ REFUSED = [
     ("a.csv", "a,b,a\n1,2,3\n", "bad_header", None, "'a' twice"),
     ("a.csv", 'a,b\n1,2\n3,"x\n', "bad_csv", 2, "quot"),
     ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "bad_gzip", None, "after row"),
-    ("a.jsonl.gz", b'{"a": 1}', "bad_gzip", None, "damaged"),
+    ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:1], "bad_gzip", None, "cut short"),
+    ("a.jsonl.gz", b'{"a": 1}', "bad_gzip", None, "is not gzip data, though its name says so"),
+    ("a.odd.gz", b'{"a": 1}', "bad_gzip", None, "drop the ending .gz, or compress it"),
+    ("a.jsonl.gz", b"{", "bad_gzip", None, "is not gzip data"),
     ("a.docx", "PK", "unknown_kind", None, ".jsonl"),
     ("a.docx", " \n", "empty", None, "empty"),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from command import PAIRS, Answer, call, tree, write_model, write_rows
+from safetensors.torch import load_file, save_file
 
 BLANK = {"prompt": "x", "chosen": "", "rejected": "b"}
 SCORERS = """
@@ -63,6 +65,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         shutil.copytree(m, here / name)
         (here / name / file).write_bytes(content)
+    shutil.copytree(m, here / "one_tensor_less")
+    tensors = load_file(m / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, here / "one_tensor_less" / "model.safetensors")
     write_rows(here / "pairs.jsonl", PAIRS[:12])
     write_rows(here / "renamed.jsonl", [{"prompt": p["prompt"], "better": p["chosen"], "worse": "w"} for p in PAIRS[:3]])
     write_rows(here / "shown.jsonl", [{"prompt": p["prompt"], "completion": p["chosen"]} for p in PAIRS[:3]])
@@ -162,6 +167,7 @@ TABLE: list[tuple[str, str, list[str], dict[str, Any]]] = [
     (f"{T} train.trackers=[wandb]", "bad_value", ["'tensorboard'"], {"key": "train.trackers.0"}),
     (f"{T} data=[a", "bad_value", ["not a YAML value", "quotes"], {"key": "data"}),
     (f"{T} adapter.r=4", "no_adapter", ["adapter=lora"], {"key": "adapter.r"}),
+    (f"{T} adapter.merge=true", "no_adapter", ["adapter=lora"], {"key": "adapter.merge"}),
     ("generate model=m prompts=prompts.jsonl top_p=0", "bad_value", ["greater than 0"], {"key": "top_p"}),
     ("generate model=m prompts=prompts.jsonl temperature=-1", "bad_value", ["or equal to 0"], {"key": "temperature"}),
     ("demo betas=[]", "bad_value", ["at least one"], {"key": "betas"}),
@@ -172,7 +178,20 @@ TABLE: list[tuple[str, str, list[str], dict[str, Any]]] = [
     ("evaluate model=m", "missing_key", ["data=...", "against=..."], {"key": "data"}),
     (E, "missing_key", ["scorer=package.module:function"], {"key": "scorer"}),
     ("evaluate model=m against=m scorer=my_scorers:length", "missing_key", ["prompts=..."], {"key": "prompts"}),
-    ("evaluate model=m data=pairs.jsonl scorer=my_scorers:length", "missing_key", ["against=..."], {"key": "against"}),
+    ("evaluate model=m data=pairs.jsonl scorer=my_scorers:length", "unused_key", ["against=..."], {"key": "scorer"}),
+    ("evaluate model=m data=pairs.jsonl prompts.limit=3", "unused_key", ["against=..."], {"key": "prompts"}),
+    (f"{E} scorer=my_scorers:length data=pairs.jsonl", "unused_key", ["against=...", "data=null"], {"key": "data"}),
+    (f"{E} scorer=my_scorers:length reference.model=m", "unused_key", ["win rate", "data=..."], {"key": "reference"}),
+    (f"{E} scorer=my_scorers:length method=dpo", "unused_key", ["win rate", "data=..."], {"key": "method"}),
+    (f"{E} scorer=my_scorers:length beta=0.1", "unused_key", ["win rate", "data=..."], {"key": "beta"}),
+    (f"{E} scorer=my_scorers:length max_length=9", "unused_key", ["win rate", "data=..."], {"key": "max_length"}),
+    (f"{E} scorer=my_scorers:length kl_samples=3", "unused_key", ["win rate", "data=..."], {"key": "kl_samples"}),
+    (f"{E} scorer=my_scorers:length prompts.too_long=drop", "unknown_key", ["data.too_long"], {"key": "prompts.too_long"}),
+    ("generate model=m prompts=prompts.jsonl prompts.too_long=drop", "unknown_key", ["Known: sources"],
+     {"key": "prompts.too_long"}),
+    ("generate model=m prompts=prompts.jsonl beams=2 temperature=0.5", "unused_key", ["beams=1"], {"key": "temperature"}),
+    ("generate model=m prompts=prompts.jsonl beams=2 top_k=5", "unused_key", ["beam search"], {"key": "top_k"}),
+    ("generate model=m prompts=prompts.jsonl beams=2 top_p=0.5", "unused_key", ["beam search"], {"key": "top_p"}),
     ("generate model=m prompts=prompts.jsonl", "missing_key", ["out=..."], {"key": "out"}),  # with --json
     # -- words
     ("tran model=m", "unknown_verb", ["Did you mean train?", "evaluate"], {}),
@@ -227,6 +246,7 @@ TABLE: list[tuple[str, str, list[str], dict[str, Any]]] = [
     ("score model=m data=pairs.jsonl out=s.jsonl max_length=5", "nothing_kept", ["too_long 12"], {"file": "pairs.jsonl"}),
     ("train model=m data=weightless.jsonl", "nothing_kept", ["weight 0"], {}),
     ("train model=m data=ties.jsonl method=sft", "nothing_kept", ["ties"], {}),
+    ("score model=m data=prompts.jsonl out=s.jsonl", "no_marks", ["prompts only"], {"key": "data"}),
     ("generate model=m prompts=nothing.jsonl out=g.jsonl", "empty", ["no rows"], {"file": "nothing.jsonl"}),
     # -- methods
     (f"{T} method=sigmoid", "unknown_method", ["method=dpo"], {"key": "method"}),
@@ -252,6 +272,7 @@ TABLE: list[tuple[str, str, list[str], dict[str, Any]]] = [
     ("train model=no_weights data=pairs.jsonl", "no_weights", [".safetensors"], {"key": "model"}),
     ("train model=no_tokenizer data=pairs.jsonl", "no_tokenizer", ["tokenizer.json"], {"key": "model"}),
     ("train model=torn_weights data=pairs.jsonl", "cannot_load", ["torn_weights"], {"key": "model"}),
+    ("train model=one_tensor_less data=pairs.jsonl", "incomplete_model", ["lack model.norm.weight"], {"key": "model"}),
     ("train model=unknown_kind data=pairs.jsonl", "cannot_load", ["nosuch"], {"key": "model"}),
     ("train model=more_tokens data=pairs.jsonl", "vocabulary_mismatch", ["5,000", "267"], {"key": "model"}),
     (f"{T} reference=other_tokens", "vocabulary_mismatch", ["'A'", "different vocabularies"], {"key": "reference"}),
@@ -375,14 +396,30 @@ def test_what_nobody_foresaw_is_one_document_too(
         assert answer.err == "preftune: x/model: No space left on device\n"
 
 
-def test_ctrl_c_of_a_verb_that_saves_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_that_is_not_finite_is_an_error_and_no_broken_document(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preftune.cli.report.run", lambda words, as_json: {"loss": float("nan")})
+    answer = call(capsys, "report", "a_run", "--json")
+    assert (answer.code, answer.error["code"]) == (1, "not_finite")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_verb_that_saves_nothing(
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stopped(words: list[str], as_json: bool) -> None:
-        raise KeyboardInterrupt
+        try:
+            signal.raise_signal(number)
+        except Exception:
+            pytest.fail("somebody's code took the signal for an error of its own")
 
     monkeypatch.setattr("preftune.cli.report.run", stopped)
+    before = signal.getsignal(signal.SIGTERM)
     answer = call(capsys, "report", "a_run", "--json")
-    assert (answer.code, answer.error["code"]) == (130, "interrupted")
-    assert answer.err == "preftune: stopped by SIGINT\n"
+    assert (answer.code, answer.error["code"]) == (code, "interrupted")
+    assert answer.err == f"preftune: stopped by {number.name}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # -- nothing heavy is imported before it is needed -----------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from tiny import answers, pair, turns
 
 from preftune.data import render as rendering
 from preftune.data.render import Batch, render, render_prompts
-from preftune.records import Comparison, Group, Message, Response
+from preftune.data.template import apply_template
+from preftune.errors import Refusal
+from preftune.records import Comparison, Group, Message, Origin, Response
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -143,6 +145,63 @@ def test_messages_without_a_template_read_as_hh_dialogue(tokenizer: Any, caplog:
     assert asked.sequences[0].ids == as_text.sequences[0].ids and not caplog.records
 
 
+TALKS = [
+    pair(turns("hi"), turns("yes", first="assistant"), turns("no", first="assistant")),
+    pair(turns("hi", "hello", "and?\n"), turns("so\n\n", first="assistant"), turns(" the  cat ", first="assistant")),
+    pair((Message("system", "Be brief."), *turns("abc")), turns("{{ x }}", first="assistant"), turns("é", first="assistant")),
+    pair(
+        turns("hi"),
+        (Message("assistant", "call"), Message("tool", "42"), Message("assistant", "done")),
+        turns("no", first="assistant"),
+    ),
+]
+
+
+@pytest.mark.parametrize("start", [True, False, "unused"])
+@pytest.mark.parametrize("end", [True, False])
+def test_the_plain_form_is_the_template_that_a_run_leaves_behind(start: bool | str, end: bool) -> None:
+    """What transformers writes with it, and what is trained and sampled here, are the same tokens."""
+    tok = tiny.tokenizer(start=start, end=end)
+    asked, unasked = render(TALKS, tok, template="plain"), render(TALKS, tok)
+    prompts = render_prompts(TALKS, tok, template="plain")
+    apply_template(tok, "plain")
+    assert render(TALKS, tok) == unasked == asked and render_prompts(TALKS, tok) == prompts
+    for s in asked.sequences:
+        group = asked.groups[s.group]
+        assert not isinstance(group.prompt, str)
+        turns_, answer = [m.as_dict() for m in group.prompt], group.responses[s.response].content
+        ready = tok.apply_chat_template(turns_, add_generation_prompt=True)["input_ids"]
+        whole = tok.apply_chat_template([*turns_, *(m.as_dict() for m in answer if isinstance(m, Message))])["input_ids"]
+        assert tuple(ready) == prompts[s.group] == s.ids[: s.start]
+        assert tuple(whole) == s.ids or (not end and tok.decode(whole).rstrip() == tok.decode(list(s.ids)))
+
+
+def test_apply_template_leaves_a_tokenizer_of_its_own_mind_alone(caplog: pytest.LogCaptureFixture) -> None:
+    own, none = tiny.tokenizer(template=CHATML), tiny.tokenizer()
+    with caplog.at_level(logging.WARNING, "preftune"):
+        apply_template(own, None, TALKS)
+        apply_template(none, None, [pair("Q: ", "yes", "no")])
+    assert (own.chat_template, none.chat_template, caplog.records) == (CHATML, None, [])
+
+
+def test_a_template_that_is_not_there_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(Refusal, match=r"gone.jinja cannot be read") as refused:
+        render(TALKS, tokenizer, template="gone.jinja")
+    assert refused.value.code == "bad_template"
+
+
+def test_what_is_said_of_a_tokenizer_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A run renders training data, held-out data and prompts; each line is about its tokenizer."""
+    chat, text = TALKS[0], pair("", "yes", "no")
+    with caplog.at_level(logging.WARNING, "preftune"):
+        for tok in (tiny.tokenizer(start=False), tiny.tokenizer(start=False)):
+            apply_template(tok, None, [text])
+            for _ in range(2):
+                render([chat, text], tok)
+                render_prompts([chat, text, chat], tok)
+    assert len(caplog.records) == 4 and len({r.message for r in caplog.records}) == 2, "one each for two tokenizers"
+
+
 def test_a_template_file_takes_the_place_of_the_tokenizers_own(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text(LLAMA3)
     tok = tiny.tokenizer(template=CHATML)
@@ -179,14 +238,27 @@ def test_what_a_template_refuses_becomes_a_finding_and_the_rest_goes_on() -> Non
     assert batch.groups == (good,) and len(batch) == 2
     assert [(f.code, f.severity, f.file, f.row) for f in batch.findings] == [("template_error", "error", "pairs.jsonl", 1)]
     assert "starts with the user" in batch.findings[0].message
+    with pytest.raises(Refusal, match="refuses prompt 2: starts with the user"):
+        render_prompts([good, bad], tok)
+    assert [f.code for f in render([Group(bad.prompt)], tok).findings] == ["template_error"], "a prompt alone counts too"
 
 
-@pytest.mark.parametrize("template", [None, CHATML, LLAMA3, BARE, TWO_ENDS])
+def test_a_response_that_the_template_refuses_takes_its_own_marks_with_it() -> None:
+    tok = tiny.tokenizer(template="{% if messages[-1].content == 'no' %}{{ raise_exception('not so') }}{% endif %}" + CHATML)
+    yes, no, well = (turns(word, first="assistant") for word in ("yes", "no", "well"))
+    marks = tuple(Comparison(a, b, origin=Origin("pairs.jsonl", 1, "answer 0")) for a, b in ((0, 1), (0, 2)))
+    batch = render([Group(turns("hi"), answers(turns("hi"), yes, no, well), marks)], tok)
+    assert [(f.code, f.column) for f in batch.findings] == [("template_error", "answer 1")]
+    assert [m.responses for m in batch.groups[0].marks] == [(0, 1)]
+    assert [scored(batch, tok, n) for n in (0, 1)] == ["yes<|im_end|>", "well<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [None, "plain", CHATML, LLAMA3, BARE, TWO_ENDS])
 def test_an_unfinished_response_has_no_end_token(template: str | None) -> None:
-    tok = tiny.tokenizer(template=template)
+    tok = tiny.tokenizer(template=None if template == "plain" else template)
     prompt, text = ("Q: ", "the cat") if template is None else (turns("hi"), turns("the cat", first="assistant"))
-    batch = render([Group(prompt, (Response(text, finished=False),))], tok)
-    assert scored(batch, tok) == "the cat"
+    batch = render([Group(prompt, (Response(text, finished=False),))], tok, template="plain" if template == "plain" else None)
+    assert scored(batch, tok) == (" the cat" if template == "plain" else "the cat")
 
 
 def test_prompts_are_rendered_ready_to_be_continued(tokenizer: Any) -> None:
@@ -221,6 +293,36 @@ def test_too_long_drop_takes_the_marks_that_need_it_and_counts_them(tokenizer: A
     assert [r.content for r in group.responses] == ["ok", "no"]
     assert [(m.a, m.b) for m in group.marks if isinstance(m, Comparison)] == [(0, 1)]
     assert [s.length for s in batch.sequences] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "column", "message"),
+    [
+        ("x" * 9, "no", "answer 0", "14 tokens, over max_length 10"),
+        ("no", "x" * 9, "answer 1", "14 tokens, over max_length 10"),
+        ("x" * 9, "y" * 8, "answer 0, answer 1", "14 tokens, over max_length 10; 13 tokens, over max_length 10"),
+    ],
+)
+def test_too_long_names_the_column_that_is(tokenizer: Any, chosen: str, rejected: str, column: str, message: str) -> None:
+    (found,) = render([pair("Q: ", chosen, rejected, row=3)], tokenizer, max_length=10).findings
+    assert (found.file, found.row, found.column, found.message) == ("pairs.jsonl", 3, column, message)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate_prompt_start"])
+def test_a_response_too_long_that_no_mark_needs_is_named_too(tokenizer: Any, too_long: Any) -> None:
+    marked = replace(LONG, marks=LONG.marks[1:])
+    for group, left in (
+        (marked, ["ok", "no"]),
+        (replace(LONG, marks=()), ["ok", "no"]),
+        (Group("Q: ", LONG.responses[2:]), []),
+    ):
+        batch = render([group], tokenizer, max_length=8, too_long=too_long)
+        assert [(f.code, f.file, f.row, f.column) for f in batch.findings][-1:] == [
+            ("too_long", "pairs.jsonl", 1, group.responses[-1].origins[0].column)
+        ]
+        assert len(batch.findings) == 1
+        assert [r.content for g in batch.groups for r in g.responses] == left
+        assert len(batch.sequences) == len(left)
 
 
 def test_exactly_max_length_is_kept_and_one_more_is_not(tokenizer: Any) -> None:

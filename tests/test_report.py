@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from preftune import report
-from preftune.report import curves, folder, svg, words
+from preftune.report import curves, folder, svg, tables, words
 from preftune.report.page import render
 from preftune.report.verdicts import demo_sentence, run_sentence
 
@@ -529,3 +529,15 @@ def test_half_a_page_never_replaces_a_whole_one(run: Path, monkeypatch: pytest.M
 
 def test_verdict_for_the_terminal_is_the_one_on_the_page(run: Path) -> None:
     assert report.verdict(run) in Page(page_of(run)).text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_the_verdict_of_sft_is_its_loss_and_of_ties_not_one_of_tokens() -> None:
+    """SFT on preferences has a ranking too, and DPO on ties alone has no ranking: neither may borrow the other's words."""
+    sft = {"method": "sft", "demonstrations": 87, "comparisons": 87, "logp_accuracy": 0.6, "loss": 3.2, "perplexity": 24.5}
+    told = run_sentence({"before": sft, "after": {**sft, "loss": 2.2, "perplexity": 9.0}}, [])
+    assert told == "On 87 held-out demonstrations the loss fell from 3.20 to 2.20 nats per token (perplexity 24.5 to 9.00)."
+    ties = {"method": "dpo", "demonstrations": None, "comparisons": 5, "logp_accuracy": None, "accuracy": None, "loss": 0.69}
+    told = run_sentence({"before": ties, "after": {**ties, "loss": 0.68}}, [])
+    assert "5 held-out comparisons" in told and "per token" not in told
+    (row,) = [row for row in tables.held_out({"before": ties, "after": ties}) if row.label == "Loss"]
+    assert row.unit == "mean over comparisons"

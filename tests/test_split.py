@@ -92,3 +92,44 @@ def test_a_group_that_is_split_keeps_its_comparisons_whole() -> None:
         for mark in part.marks:
             a, b = (part.responses[i].content for i in mark.responses)
             assert isinstance(a, str) and isinstance(b, str) and int(a[7:]) + 1 == int(b[7:])
+
+
+def joined(group: Group) -> list[set[object]]:
+    """Contents that a group's comparisons join, by merging sets until none share a member."""
+    found: list[set[object]] = []
+    for mark in group.marks:
+        new: set[object] = {group.responses[i].content for i in mark.responses}
+        found = [*(s for s in found if not s & new), new.union(*(s for s in found if s & new))]
+    return found
+
+
+def tables(count: int, width: int = 5) -> Group:
+    """Comparisons without a prompt, each answer in several: `count` chains of `width` answers."""
+    pairs = [(width * c + n, width * c + n + 1) for c in range(count) for n in range(width - 1)]
+    random.Random(1).shuffle(pairs)
+    marks = tuple(Comparison(*pair, origin=Origin("table.csv", n + 1, "a")) for n, pair in enumerate(pairs))
+    return Group("", tiny.answers("", *(f"argument {n}" for n in range(width * count))), marks)
+
+
+def test_without_a_prompt_no_answer_stands_on_both_sides() -> None:
+    whole = tables(400)
+    train, held = split([whole], share=0.2)
+    answers = [{r.content for g in part for r in g.responses} for part in (train, held)]
+    assert not answers[0] & answers[1] and len(answers[0] | answers[1]) == 2000
+    assert sum(len(g.marks) for g in (*train, *held)) == 1600
+    assert 240 <= sum(len(g.marks) for g in held) <= 400, "a share of the chains, however long they are"
+    turned = replace(
+        whole, responses=whole.responses[::-1], marks=tuple(m.moved(lambda n: 1999 - n) for m in whole.marks[::-1])
+    )
+    assert {r.content for g in split([turned], share=0.2)[1] for r in g.responses} == answers[1]
+    assert len(joined(split([whole], share=0.5, at_most=30)[1][0])) == 30
+
+
+def test_prompts_and_rows_without_one_share_the_limit() -> None:
+    train, held = split([*prompts(100), texts(100)], share=1.0, at_most=50)
+    assert sum(len(g.marks) for g in held) == 50 and sum(len(g.marks) for g in train) == 150
+
+
+def test_a_group_without_marks_is_not_lost() -> None:
+    alone = Group("", tiny.answers("", "one", "two"))
+    assert split([alone], share=0.5) == ([alone], [])

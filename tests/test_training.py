@@ -413,3 +413,53 @@ def test_a_signal_stops_after_the_step_and_leaves_a_checkpoint_that_loads(
     assert folder.name == "step-000002" and str(folder) in str(stopped.value)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert tiny.same(tiny.state(AutoModelForCausalLM.from_pretrained(folder)), tiny.state(model))
+
+
+@pytest.mark.parametrize(("phase", "after"), [("reference", 0), ("sample", 0), ("sample", 1), ("kl", 1)])
+def test_a_signal_is_answered_between_any_two_passes(phase: str, after: int, tmp_path: Path, tokenizer: Any) -> None:
+    """Sampling and the KL after training too: the weights of the last step are saved, and the run is not called done."""
+    out, seen = tmp_path / "run", list[str]()
+
+    def watch(now: str, done: int, total: int, line: dict[str, Any]) -> None:
+        if now == "train" and done == total:
+            seen.append(now)
+        if now == phase and len(seen) == after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    model = tiny.model()
+    with pytest.raises(Interrupted) as stopped:
+        fit(model, tokenizer, tiny.pairs(6), steps=2, out=out, reference=tiny.model(seed=1), progress=watch)
+    assert stopped.value.exit_code == 130
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{2 * after:06d}"]
+    assert not (out / "model").exists() and not (out / "evaluation.json").exists()
+
+
+def test_a_signal_while_the_end_is_written_lets_it_be_written(
+    tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preftune.report.write", lambda folder: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="the run is complete in") as stopped:
+        fit(model, tokenizer, tiny.pairs(6), steps=2, out=tmp_path / "run")
+    assert stopped.value.exit_code == 143 and (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_run_that_fails_midway_leaves_what_it_trained(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    def spoil(phase: str, done: int, total: int, line: dict[str, Any]) -> None:
+        if phase == "train" and done == 2:
+            with torch.no_grad():
+                model.model.norm.weight.fill_(math.inf)
+
+    with pytest.raises(RunFailed, match=r"step 3: .* the weights are in .*step-000002"):
+        fit(model, tokenizer, tiny.pairs(6), steps=4, batch_size=2, out=tmp_path / "run", progress=spoil)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_frozen_base_is_shared_with_the_compute_copy(model: Any) -> None:
+    """An adapter that trains in float32 over a bfloat16 base: the base is not held twice."""
+    model.bfloat16().requires_grad_(False)
+    model.model.norm.weight.data = model.model.norm.weight.data.float()
+    model.model.norm.weight.requires_grad_(True)
+    used = Weights(model, torch.bfloat16).compute
+    assert used is not model and used.model.norm.weight.dtype == torch.bfloat16
+    assert used.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert model.model.norm.weight.dtype == torch.float32

@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from preftune import losses
     from preftune.data.read import read
     from preftune.data.render import render
-    from preftune.errors import PreftuneError, Refusal, RunFailed
+    from preftune.errors import Interrupted, PreftuneError, Refusal, RunFailed
     from preftune.evaluation.evaluate import evaluate
     from preftune.runs.train import fit
     from preftune.scoring.score import score
 
 __version__ = "0.1.0"
 
-__all__ = ["PreftuneError", "Refusal", "RunFailed", "evaluate", "fit", "losses", "read", "render", "score"]
+__all__ = ["Interrupted", "PreftuneError", "Refusal", "RunFailed", "evaluate", "fit", "losses", "read", "render", "score"]
 
 _WHERE = {
+    "Interrupted": "preftune.errors",
     "PreftuneError": "preftune.errors",
     "Refusal": "preftune.errors",
     "RunFailed": "preftune.errors",

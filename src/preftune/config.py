@@ -6,6 +6,7 @@ No torch, no transformers: every refusal of a key or value answers before anythi
 from __future__ import annotations
 
 import datetime
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from preftune.config_errors import refusal
-from preftune.data.options import DataOptions, Sources
+from preftune.data.options import DataOptions, ScoredOptions, Sources
 from preftune.errors import Refusal
 from preftune.models.options import AdapterOptions, Dtype
 from preftune.training.options import TrainOptions
+
+log = logging.getLogger("preftune")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -57,7 +60,7 @@ class WithModel(Group):
 
 
 class TrainKeys(WithModel):
-    data: DataOptions = Field(description="What to train on: a source or a list of sources.")
+    data: ScoredOptions = Field(description="What to train on: a source or a list of sources.")
     eval_data: Sources = Field(default=[], description="Held-out data; absent: 5 % of the prompts, at most 1,000.")
     method: MethodOptions = _METHOD
     reference: ReferenceOptions = _REFERENCE
@@ -79,7 +82,7 @@ class TrainKeys(WithModel):
 
 
 class EvaluateKeys(WithModel):
-    data: DataOptions | None = Field(default=None, description="Judged data: accuracy, loss and KL on it.")
+    data: ScoredOptions | None = Field(default=None, description="Judged data: accuracy, loss and KL on it.")
     against: Place | None = Field(default=None, description="Another model: win rate of one sample each per prompt.")
     prompts: DataOptions | None = Field(default=None, description="Any data source; its prompts are used for the win rate.")
     scorer: str | None = Field(default=None, description="package.module:function taking (prompts, responses).")
@@ -108,7 +111,7 @@ class GenerateKeys(WithModel):
 
 
 class ScoreKeys(WithModel):
-    data: DataOptions = Field(description="Responses to score.")
+    data: ScoredOptions = Field(description="Responses to score.")
     out: Place = Field(description="A .jsonl file, one line per distinct response.")
     reference: ReferenceOptions = _REFERENCE
     beta: Positive = Field(default=0.1, description="reward = beta * (logp - reference_logp).")
@@ -121,6 +124,9 @@ class ScoreKeys(WithModel):
 
 class ChatKeys(WithModel):
     system: str | None = Field(default=None, description="A system message.")
+    template: Place | None = Field(
+        default=None, description="Chat template to use instead of the model's own; plain is the built-in one."
+    )
     temperature: Annotated[float, Field(ge=0)] = Field(default=0.7, description="0: the likeliest token each time.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=0.95, description="Only the likeliest tokens with this mass.")
     max_new_tokens: Count = Field(default=256, description="Longest answer.")
@@ -128,6 +134,7 @@ class ChatKeys(WithModel):
 
 class MergeKeys(Group):
     out: Place = Field(description="Folder for the merged model.")
+    dtype: Dtype | None = Field(default=None, description="Of the merged weights; absent: as the base model's are stored.")
     trust_remote_code: bool = Field(default=False, description="Run code that the model's folder brings along.")
     overwrite: bool = Field(default=False, description="Move a folder that is there to .old-1 instead of refusing.")
 
@@ -187,17 +194,28 @@ def build(keys: type[Keys], raw: dict[str, Any]) -> Keys:
     try:
         return _consistent(keys.model_validate(_without_nulls(_expand(raw))))
     except ValidationError as error:
-        verb = next((verb for verb, other in VERB_KEYS.items() if other is keys), "VERB")
-        raise refusal(error, verb, {name: list(all_keys(other)) for name, other in VERB_KEYS.items()}) from None
+        raise refusal(error, _verb_of(keys), {name: list(all_keys(other)) for name, other in VERB_KEYS.items()}) from None
 
 
 def _consistent(run: Keys) -> Keys:
-    """Refuses keys of an adapter that is not there: whoever gives a rank does not mean to train all weights."""
+    """Refuses keys that nothing would read: whoever gives a rank does not mean to train all weights."""
     if isinstance(run, TrainKeys) and run.adapter.type == "none":
-        for name in ("r", "alpha", "dropout", "target_modules"):
-            if getattr(run.adapter, name) != AdapterOptions.model_fields[name].default:
-                raise Refusal("no adapter is asked for: adapter=lora", code="no_adapter", key=f"adapter.{name}")
+        for name in _changed(run.adapter, "r", "alpha", "dropout", "target_modules"):
+            raise Refusal("no adapter is asked for: adapter=lora", code="no_adapter", key=f"adapter.{name}")
+    if isinstance(run, GenerateKeys) and run.beams > 1:
+        for name in _changed(run, "temperature", "top_k", "top_p"):
+            line = f"beam search does not sample: leave {name} away, or beams=1"
+            raise Refusal(line, code="unused_key", key=name)
     return run
+
+
+def _changed(options: BaseModel, *names: str) -> list[str]:
+    """Those of the names that are not at their default."""
+    return [name for name in names if getattr(options, name) != type(options).model_fields[name].default]
+
+
+def _verb_of(keys: type[Group]) -> str:
+    return next((verb for verb, other in VERB_KEYS.items() if other is keys), "VERB")
 
 
 def parse_word(word: str) -> dict[str, Any]:
@@ -252,7 +270,8 @@ def _yaml() -> Any:
 
 
 def _read_files(name: str, keys: type[Group]) -> list[tuple[str, dict[str, Any]]]:
-    """The file, after the one it names as `base:`. Keys of other verbs may stand in it: one file serves them all."""
+    """The file, after the one it names as `base:`. Keys of other verbs may stand in it: one file serves them all, and what
+    this verb does not use is said."""
     layer = _read_file(name)
     base = layer.pop("base", None)
     layers = [(name, layer)]
@@ -264,6 +283,9 @@ def _read_files(name: str, keys: type[Group]) -> list[tuple[str, dict[str, Any]]
             raise Refusal("a base file cannot name another base", code="nested_base", file=str(base), key="base")
         layers.insert(0, (str(base), under))
     others = {key for verb in VERB_KEYS.values() for key in verb.model_fields} - set(keys.model_fields)
+    for file, one in layers:
+        if unused := [key for key, value in one.items() if key in others and value is not None]:
+            log.info(f"{file}: not used by {_verb_of(keys)}: {', '.join(unused)}")
     return [(file, {k: v for k, v in one.items() if k not in others}) for file, one in layers]
 
 

@@ -111,12 +111,13 @@ def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str
         return " It is not in this version."
     if not group and ELSEWHERE.get(last, "").split("=")[0].split(" ")[0] in known:
         return f" Here that is {ELSEWHERE[last]}."
-    if close := nearest(last, beside):
+    close = nearest(last, beside)
+    if verbs := [other for other, names in keys.items() if key in names]:
+        return f" It is a key of {', '.join(verbs)}.{close}"
+    if close:
         return close.replace("mean ", f"mean {group}.") if group else close
     if same := [name for name in known if name.rpartition(".")[2] == last]:
         return f" Did you mean {same[0]}?"
-    if verbs := [other for other, names in keys.items() if key in names]:
-        return f" It is a key of {', '.join(verbs)}."
     if beside and group:
         return f" Known: {', '.join(beside)}."
     return nearest(key, known) or f" preftune {verb} --help lists the keys."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -148,6 +148,15 @@ class Group:
     def id(self) -> str:
         """The user's id, or a digest of the prompt: the same across files, row order and machines."""
         return self.user_id or digest(self.prompt, self.tools)
+
+    def restricted(self, marks: Iterable[Mark], responses: Sequence[int]) -> Self:
+        """The group with these marks alone, and these responses (by index, in this order), among them all the marks need."""
+        place = {old: new for new, old in enumerate(responses)}
+        return replace(
+            self,
+            responses=tuple(self.responses[i] for i in responses),
+            marks=tuple(mark.moved(place.__getitem__) for mark in marks),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,13 @@ Nothing heavy is imported here: help and refusals answer at once. A verb's own m
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +20,7 @@ from preftune import __version__
 from preftune.cli.console import setup
 from preftune.config import VERB_KEYS, all_keys
 from preftune.errors import Interrupted, PreftuneError, Refusal, RunFailed, nearest
+from preftune.runs.folder import to_json
 
 # typer carries a click of its own, which has no public name there
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -61,14 +64,34 @@ def _epilog(verb: str) -> str:
 def _verb(name: str) -> Callable[..., None]:
     def call(words: Words = None, as_json: Json = False, quiet: Quiet = False) -> None:
         setup(quiet=quiet)
-        try:
+        # a user's own scorer or model code may print: the document stands alone on standard output
+        with _stoppable(), redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = import_module(f"preftune.cli.{name}").run(words or [], as_json)
-        except KeyboardInterrupt as stopped:  # where nothing had to be saved; typer would make it exit 0
-            raise Interrupted("stopped by SIGINT", signal_number=signal.SIGINT) from stopped
         if as_json:
-            print(json.dumps({} if result is None else result, ensure_ascii=False))
+            print(to_json({} if result is None else result))
 
     return call
+
+
+@contextmanager
+def _stoppable() -> Generator[None]:
+    """SIGTERM ends a verb as Ctrl-C does. For where nothing has to be saved: a run in training asks for signals itself."""
+    came = signal.SIGINT
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = signal.Signals(number)
+        raise KeyboardInterrupt  # no Exception, which somebody's code might take for its own
+
+    own = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if own else None
+    try:
+        yield
+    except KeyboardInterrupt as stopped:  # typer would make it exit 0
+        raise Interrupted(f"stopped by {came.name}", signal_number=came) from stopped
+    finally:
+        if own:
+            signal.signal(signal.SIGTERM, before)
 
 
 for verb, text in VERBS.items():
@@ -117,7 +140,7 @@ def _fail(error: PreftuneError, arguments: list[str]) -> None:
 
 
 def _print_error(error: PreftuneError) -> None:
-    print(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
+    print(to_json({"error": error.as_dict()}))
 
 
 def _usage(error: Any, arguments: list[str]) -> Refusal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preftune.models.inspect import check_vocabulary, facts, resolve
@@ -11,34 +12,37 @@ from preftune.runs.prepare import load_said
 
 if TYPE_CHECKING:
     from preftune.config import EvaluateKeys, ScoreKeys
-    from preftune.data.options import DataOptions
+    from preftune.data.options import ScoredOptions
     from preftune.data.render import Batch
     from preftune.records import Group
 
 
 @dataclass
 class Opened:
-    """Rendered data, its tokenizer, and the models that are loaded when they are asked for."""
+    """Rendered data, the names of its files, its tokenizer, and the models that are loaded when they are asked for."""
 
     batch: Batch
+    files: list[str]
     tokenizer: Any
     refs: tuple[str, str | None]
     keys: EvaluateKeys | ScoreKeys
 
     def models(self) -> tuple[Any, Any]:
         """(policy, reference or None)."""
-        from preftune.models.load import load_model
+        from preftune.models.load import check_tokenizer, load_model
         from preftune.training.precision import DTYPES
 
         dtype, trust = DTYPES[self.keys.dtype or "float32"], self.keys.trust_remote_code
-        policy, reference = self.refs
-        other = load_model(reference, dtype=dtype, key="reference", trust_remote_code=trust) if reference else None
-        return load_model(policy, dtype=dtype, trust_remote_code=trust), other
+        ref, other = self.refs
+        reference = load_model(other, dtype=dtype, key="reference", trust_remote_code=trust) if other else None
+        policy = load_model(ref, dtype=dtype, trust_remote_code=trust)
+        check_tokenizer(policy, self.tokenizer, reference)
+        return policy, reference
 
 
 def open_data(
     model: str,
-    options: DataOptions,
+    options: ScoredOptions,
     keys: EvaluateKeys | ScoreKeys,
     *,
     reference: str | None,
@@ -51,11 +55,14 @@ def open_data(
     check(reading.groups)
     from preftune.data.read import enforce
     from preftune.data.render import render
-    from preftune.models.load import load_tokenizer, longest, positions_of
+    from preftune.models.load import check_same_vocabulary, load_tokenizer, longest, positions_of
     from preftune.runs.prepare import by_row, say_drops
 
-    tokenizer = load_tokenizer(refs[0], trust_remote_code=keys.trust_remote_code)
-    limit = longest(keys.max_length, positions_of(refs[0], trust_remote_code=keys.trust_remote_code))
+    trust = keys.trust_remote_code
+    tokenizer = load_tokenizer(refs[0], trust_remote_code=trust)
+    if refs[1] and not Path(refs[1]).is_dir():  # of a folder the files told it already
+        check_same_vocabulary(tokenizer, load_tokenizer(refs[1], key="reference", trust_remote_code=trust))
+    limit = longest(keys.max_length, positions_of(refs[0], trust_remote_code=trust))
     batch = render(reading.groups, tokenizer, max_length=limit, too_long=options.too_long, template=options.template)
     enforce(
         reading.rows,
@@ -65,4 +72,4 @@ def open_data(
         allow_drops=options.allow_drops,
     )
     say_drops(batch.findings)
-    return Opened(batch, tokenizer, refs, keys)
+    return Opened(batch, [source["path"] for source in reading.sources], tokenizer, refs, keys)

@@ -6,28 +6,40 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 WORDS = {
+    "score": "scoring",
     "reference": "scoring the reference",
     "check": "checking the start",
     "evaluate": "scoring held-out data",
     "sample": "sampling",
+    "kl": "measuring the KL",
     "train": "training",
 }
+EVERY = 15.0  # seconds between two lines where nobody watches a bar
 
 
 def setup(*, quiet: bool) -> None:
     """Our log goes to standard error, one plain line each; other libraries' warnings stay out of it."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(_Plain())
     log = logging.getLogger("preftune")
     log.handlers[:] = [handler]
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft)\b")
+
+
+class _Stderr(logging.Handler):
+    """To what is standard error at that moment: a live bar stands in for it, and prints a line above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
 
 
 class _Plain(logging.Formatter):
@@ -68,27 +80,19 @@ class Watch:
 
     def __call__(self, phase: str, done: int, total: int, line: dict[str, Any]) -> None:
         if self._bar is not None:
-            if phase != self._phase:
-                if self._task is not None:
-                    self._bar.remove_task(self._task)
-                self._task = self._bar.add_task(WORDS[phase], total=total, note="")
-            self._bar.update(self._task, completed=done, total=total, note=note(line))
-        elif phase == "train" and (done == total or done == 1 or time.monotonic() - self._last > 15):
-            logging.getLogger("preftune").info(f"step {done} of {total}  {note(line)}")
+            self._draw(phase, done, total, line)
+        elif time.monotonic() - self._last > EVERY or (phase == "train" and done in (1, total)):
+            what = f"step {done} of {total}" if phase == "train" else f"{WORDS.get(phase, phase)}: {done:,} of {total:,}"
+            logging.getLogger("preftune").info(f"{what}  {note(line)}".rstrip())
             self._last = time.monotonic()
         self._phase = phase
 
-
-def once_before(watch: Watch, first: Callable[[], None]) -> Callable[[str, int, int, dict[str, Any]], None]:
-    """The watch, with `first` called before its first report."""
-    waiting = [first]
-
-    def report(phase: str, done: int, total: int, line: dict[str, Any]) -> None:
-        while waiting:
-            waiting.pop()()
-        watch(phase, done, total, line)
-
-    return report
+    def _draw(self, phase: str, done: int, total: int, line: dict[str, Any]) -> None:
+        if phase != self._phase:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(WORDS.get(phase, phase), total=total, note="")
+        self._bar.update(self._task, completed=done, total=total, note=note(line))
 
 
 def note(line: dict[str, Any]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from preftune.cli.console import Watch
 from preftune.config import EvaluateKeys, resolve
 from preftune.errors import Refusal
 from preftune.models import inspect
@@ -14,11 +16,21 @@ from preftune.records import Group
 log = logging.getLogger("preftune")
 
 
+# keys that say nothing to the other kind of evaluation
+HELD_OUT = ("reference", "method", "beta", "max_length", "kl_samples")
+WIN_RATE = ("prompts", "scorer")
+
+
 def run(words: list[str], as_json: bool) -> dict[str, Any]:
     keys = resolve(EvaluateKeys, words)
+    if keys.data is not None and keys.against is not None:
+        line = "held-out data and a win rate (against=...) are two evaluations: leave one away, data=null or against=null"
+        raise Refusal(line, code="unused_key", key="data")
     if keys.against is not None:
+        _check_unused(keys, words, HELD_OUT, "a win rate", "evaluate data=... uses it")
         result = _win_rate(keys)
     elif keys.data is not None:
+        _check_unused(keys, words, WIN_RATE, "held-out data", "it belongs to a win rate: name the other model with against=...")
         result = _held_out(keys)
     else:
         raise Refusal(
@@ -29,29 +41,39 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     return result
 
 
+def _check_unused(keys: EvaluateKeys, words: list[str], names: Sequence[str], what: str, where: str) -> None:
+    """Refuses a word that this evaluation would not read; of a file, which may serve others too, it is said."""
+    unused = [name for name in names if name in keys.model_fields_set]
+    given = {word.partition("=")[0].partition(".")[0] for word in words}
+    for name in unused:
+        if name in given:
+            raise Refusal(f"{what} does not use it; {where}", code="unused_key", key=name)
+    if unused:
+        log.info(f"not used by {what}: {', '.join(unused)}")
+
+
 def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
     assert keys.data is not None
-    if keys.prompts or keys.scorer:
-        line = "prompts and scorer belong to a win rate: name the other model with against=..."
-        raise Refusal(line, code="missing_key", key="against")
     from preftune.cli.common import open_data
 
     data = open_data(keys.model, keys.data, keys, reference=keys.reference.model, check=partial(_check_marks, keys.method.name))
     models = data.models()
     from preftune.evaluation.evaluate import evaluate
 
-    return evaluate(
-        models[0],
-        data.tokenizer,
-        data.batch,
-        reference=models[1],
-        method=keys.method.name,
-        beta=keys.beta,
-        template=keys.data.template,
-        kl_samples=keys.kl_samples,
-        max_new_tokens=keys.max_new_tokens,
-        seed=keys.seed,
-    )
+    with Watch() as watch:
+        return evaluate(
+            models[0],
+            data.tokenizer,
+            data.batch,
+            reference=models[1],
+            method=keys.method.name,
+            beta=keys.beta,
+            template=keys.data.template,
+            kl_samples=keys.kl_samples,
+            max_new_tokens=keys.max_new_tokens,
+            seed=keys.seed,
+            progress=watch,
+        )
 
 
 def _check_marks(method: str | None, groups: list[Group]) -> None:
@@ -78,18 +100,22 @@ def _win_rate(keys: EvaluateKeys) -> dict[str, Any]:
     from preftune.training.precision import DTYPES
 
     dtype, trust = DTYPES[keys.dtype or "float32"], keys.trust_remote_code
-    return compare(
-        load_model(keys.model, dtype=dtype, trust_remote_code=trust),
-        load_model(keys.against, dtype=dtype, key="against", trust_remote_code=trust),
-        load_tokenizer(keys.model, trust_remote_code=trust),
-        groups,
-        scorer,
-        name=keys.scorer,
-        against_tokenizer=load_tokenizer(keys.against, key="against", trust_remote_code=trust),
-        template=keys.prompts.template,
-        max_new_tokens=keys.max_new_tokens,
-        seed=keys.seed,
-    )
+    model = load_model(keys.model, dtype=dtype, trust_remote_code=trust)
+    against = load_model(keys.against, dtype=dtype, key="against", trust_remote_code=trust)
+    with Watch() as watch:
+        return compare(
+            model,
+            against,
+            load_tokenizer(keys.model, trust_remote_code=trust),
+            groups,
+            scorer,
+            name=keys.scorer,
+            against_tokenizer=load_tokenizer(keys.against, key="against", trust_remote_code=trust),
+            template=keys.prompts.template,
+            max_new_tokens=keys.max_new_tokens,
+            seed=keys.seed,
+            progress=watch,
+        )
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -23,11 +23,14 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
         raise Refusal(f"{ref} is a plain model: there is no adapter to merge", code="no_adapter", key="RUN")
     out = files.choose_out(keys.out, "merged", overwrite=keys.overwrite)
     from preftune.models.adapters import merged
-    from preftune.models.load import load_model, load_tokenizer, save_model
+    from preftune.models.load import load_model, load_tokenizer, save_model, stored_dtype
+    from preftune.training.precision import DTYPES
 
-    model = load_model(ref, trust_remote_code=keys.trust_remote_code)
-    tokenizer = load_tokenizer(ref, trust_remote_code=keys.trust_remote_code)
-    files.make(out).rmdir()
-    save_model(merged(model), tokenizer, out)
-    log.info(f"merged model: {out}")
+    trust = keys.trust_remote_code
+    model = merged(load_model(ref, trust_remote_code=trust))  # the sum is taken in float32, and rounded once
+    dtype = DTYPES[keys.dtype] if keys.dtype else stored_dtype(ref, trust_remote_code=trust)
+    tokenizer = load_tokenizer(ref, trust_remote_code=trust)
+    files.make(out, overwrite=keys.overwrite).rmdir()
+    save_model(model.to(dtype), tokenizer, out)
+    log.info(f"merged model, in {str(dtype).removeprefix('torch.')}: {out}")
     return {"out": str(out)}

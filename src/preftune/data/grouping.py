@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,21 +29,21 @@ class _Draft:
     tools: tuple[Any, ...]
     user_id: str
     indices: dict[Hashable, int] = field(default_factory=dict[Hashable, int])
-    contents: list[Content] = field(default_factory=list[Content])
+    responses: list[Response] = field(default_factory=list[Response])
     origins: list[list[Origin]] = field(default_factory=list[list[Origin]])
     marks: list[Mark] = field(default_factory=list[Mark])
 
-    def place(self, content: Content, origins: tuple[Origin, ...]) -> int:
-        """Index of this answer in the group; a new one goes to the end."""
-        index = self.indices.setdefault(content_key(content), len(self.contents))
-        if index == len(self.contents):
-            self.contents.append(content)
+    def place(self, response: Response) -> int:
+        """Index of this answer in the group; a new one goes to the end. The same words, cut off there, are another answer."""
+        index = self.indices.setdefault((content_key(response.content), response.finished), len(self.responses))
+        if index == len(self.responses):
+            self.responses.append(response)
             self.origins.append([])
-        self.origins[index].extend(origins)
+        self.origins[index].extend(response.origins)
         return index
 
     def group(self) -> Group:
-        responses = tuple(Response(c, tuple(o)) for c, o in zip(self.contents, self.origins, strict=True))
+        responses = tuple(replace(r, origins=tuple(o)) for r, o in zip(self.responses, self.origins, strict=True))
         return Group(self.prompt, responses, tuple(self.marks), self.tools, self.user_id)
 
 
@@ -54,17 +54,18 @@ class Grouping:
         self._drafts: dict[Hashable, _Draft] = {}
         self._prompts: dict[str, Hashable] = {}
 
-    def add(self, example: Example, *, file: str, row: int, user_id: str = "") -> None:
+    def add(self, example: Example, *, file: str, row: int, columns: Mapping[str, str], user_id: str = "") -> None:
+        """`columns`: our names to the file's own, which the origins name."""
         draft = self._draft(example.prompt, example.tools, user_id)
-        origins = [Origin(file, row, column) for _, column in example.answers]
-        where = [draft.place(c, (o,)) for (c, _), o in zip(example.answers, origins, strict=True)]
+        origins = [Origin(file, row, columns.get(column, column)) for _, column in example.answers]
+        where = [draft.place(Response(c, (o,))) for (c, _), o in zip(example.answers, origins, strict=True)]
         if example.mark is not None:
             draft.marks.append(_moved(example.mark, where, origin=origins[0]))
 
     def add_group(self, group: Group) -> None:
         """A group that was read before joins the rows that share its prompt."""
         draft = self._draft(group.prompt, group.tools, group.user_id)
-        where = [draft.place(response.content, response.origins) for response in group.responses]
+        where = [draft.place(response) for response in group.responses]
         draft.marks.extend(_moved(mark, where, origin=mark.origin) for mark in group.marks)
 
     def _draft(self, prompt: Content, tools: tuple[Any, ...], user_id: str) -> _Draft:

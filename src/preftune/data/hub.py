@@ -50,6 +50,11 @@ def load_saved(folder: Path, name: str) -> Any:
         raise Refusal(f"cannot be loaded ({type(e).__name__}: {said[:200]})", code="unreadable", file=name) from None
 
 
+def no_splits(name: str) -> Refusal:
+    what = "has no splits: leave split out, or name it with the source that has it, as {path: ..., split: ...}"
+    return Refusal(what, code="no_splits", file=name)
+
+
 def dataset_rows(dataset: Any, split: str | None, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, row) of a Dataset."""
     if is_object(dataset):
@@ -58,6 +63,8 @@ def dataset_rows(dataset: Any, split: str | None, name: str) -> Iterator[tuple[i
             what = f"has no split {wanted}: it has {', '.join(dataset)}.{nearest(wanted, dataset)}"
             raise Refusal(what, code="unknown_split", file=name)
         dataset = dataset[wanted]
-    elif hasattr(dataset, "with_format"):  # rows as plain Python, whatever tensors the owner asked for
+    elif split:
+        raise no_splits(name)
+    if hasattr(dataset, "with_format"):  # rows as plain Python, whatever tensors the owner asked for
         dataset = dataset.with_format(None)
     yield from enumerate(dataset, start=1)

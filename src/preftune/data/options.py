@@ -55,6 +55,11 @@ class DataOptions(BaseModel):
     template: str | None = Field(
         default=None, description="Chat template to use instead of the model's own; plain is the built-in one."
     )
+
+
+class ScoredOptions(DataOptions):
+    """The same for data whose answers are scored: they have to fit."""
+
     too_long: Literal["drop", "truncate_response", "truncate_prompt_start"] = Field(
         default="drop", description="What is done with a row that is longer than max_length."
     )

@@ -51,16 +51,17 @@ class Reading:
 
 
 def tally(dropped: Mapping[str, int], findings: Iterable[Finding]) -> str:
-    """`empty_answer 4 (rows 87, 517, 926, 1104), bad_json 1 (row 3)`"""
-    rows: dict[str, list[int]] = {}
-    for finding in findings:
-        if finding.row is not None:
-            rows.setdefault(finding.code, []).append(finding.row)
+    """`empty_answer 4 (rows 87, 517, 926, 1104), bad_json 1 (row 3)`; rows of several files are named `file:row`."""
+    rows: dict[str, list[str]] = {}
+    placed = [finding for finding in findings if finding.row is not None]
+    several = len({finding.file for finding in placed}) > 1
+    for finding in placed:
+        rows.setdefault(finding.code, []).append(f"{finding.file}:{finding.row}" if several else str(finding.row))
     return ", ".join(f"{code} {count:,}" + _named(rows.get(code, [])) for code, count in dropped.items())
 
 
-def _named(rows: Sequence[int]) -> str:
-    shown = ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
+def _named(rows: Sequence[str]) -> str:
+    shown = ", ".join(rows[:SHOWN]) + (", ..." if len(rows) > SHOWN else "")
     return f" ({'row' if len(rows) == 1 else 'rows'} {shown})" if rows else ""
 
 
@@ -85,20 +86,24 @@ def load(sources: Any, *, options: DataOptions | None = None) -> Reading:
     return reading
 
 
-def enforce(reading_rows: int, dropped: Counter[str], findings: Iterable[Finding], *, strict: bool, allow_drops: bool) -> None:
-    """Refuses data of which too much was dropped: nothing kept; any row under `strict`; more than half otherwise."""
+def enforce(
+    rows: int, dropped: Counter[str], findings: Iterable[Finding], *, strict: bool, allow_drops: bool, part: str = ""
+) -> None:
+    """Refuses data of which too much was dropped: nothing kept; any row under `strict`; more than half otherwise.
+    `part` says of which data, where there are several."""
     errors = [f for f in findings if f.severity == "error"]
     count, first = dropped.total(), next(iter(errors), None)
     place: dict[str, Any] = {"file": first.file, "row": first.row, "column": first.column} if first else {}
+    of = f" of the {part}" if part else ""
     if strict and count:
         why = first.message if first else "a row is faulty"
-        raise Refusal(f"{why} ({count:,} faulty in all; data.strict=false drops them)", code="faulty_row", **place)
+        raise Refusal(f"{why} ({count:,} faulty{of} in all; data.strict=false drops them)", code="faulty_row", **place)
     told = tally(dropped, errors)
-    if count >= reading_rows:
+    if count >= rows:
         hint = f"; first: {first.message}" if first else ""
-        raise Refusal(f"none of {reading_rows:,} rows could be used: {told}{hint}", code="nothing_kept", **place)
-    if count > reading_rows / 2 and not allow_drops:
-        what = f"{count:,} of {reading_rows:,} rows were dropped: {told}; data.allow_drops=true goes on without them"
+        raise Refusal(f"none of {rows:,} rows{of} could be used: {told}{hint}", code="nothing_kept", **place)
+    if count > rows / 2 and not allow_drops:
+        what = f"{count:,} of {rows:,} rows{of} were dropped: {told}; data.allow_drops=true goes on without them"
         raise Refusal(what, code="too_many_dropped", file=place.get("file"))
 
 
@@ -117,7 +122,8 @@ def _take(stream: Stream, grouping: Grouping, reading: Reading) -> None:
                 continue
             assert format is not None  # it is recognised as soon as one row is an object
             example = understand(format, row)
-            grouping.add(example, file=stream.name, row=number, user_id=_user_id(row) if "id" in columns else "")
+            user_id = _user_id(row) if "id" in columns else ""
+            grouping.add(example, file=stream.name, row=number, columns=columns, user_id=user_id)
         except RowFault as fault:
             dropped[fault.code] += 1
             column = columns.get(fault.column, fault.column) if fault.column else None

@@ -23,6 +23,7 @@ from preftune.errors import Refusal
 Numbered = tuple[int, dict[str, Any] | RowFault]
 ROW_KEYS = ("data", "train", "rows", "examples", "instances", "validation", "test")
 BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
 CHUNK = 1 << 18
 
 
@@ -60,9 +61,9 @@ def kind_of(path: Path) -> str:
 
 def read_rows(path: Path, name: str) -> Iterator[Numbered]:
     """(row number, row or fault) of a data file. `name` is what messages call it."""
-    kind = kind_of(path) or _sniff(path, name)
     place = Place()
     try:
+        kind = kind_of(path) or _sniff(path, name)
         if kind == "parquet":
             yield from _parquet(path, place)
             return
@@ -81,7 +82,12 @@ def read_rows(path: Path, name: str) -> Iterator[Numbered]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+    if path.suffix.lower() != ".gz":
+        return path.open("rb")
+    with path.open("rb") as stream:
+        if not GZIP.startswith(stream.read(len(GZIP))):
+            raise BrokenFile("bad_gzip", "is not gzip data, though its name says so: drop the ending .gz, or compress it")
+    return cast(BinaryIO, gzip.open(path, "rb"))
 
 
 def _sniff(path: Path, name: str) -> str:

@@ -8,16 +8,14 @@ to the response. It ends with the end-of-turn or end token, once; what the templ
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from preftune.records import Comparison, Content, Finding, Group, Mark, Message, Origin
-
-log = logging.getLogger("preftune")
+from preftune.data.template import UNSAID_PLAIN, say_once, template_text
+from preftune.errors import Refusal
+from preftune.records import Comparison, Content, Finding, Group, Mark, Origin
 
 TooLong = Literal["drop", "truncate_response", "truncate_prompt_start"]
 _CHUNK = 1024  # groups per tokenizer call: enough for its threads, little text held twice
@@ -70,13 +68,14 @@ def render(
         groups: as `preftune.read` gives them.
         tokenizer: a transformers tokenizer.
         max_length: most tokens of prompt plus response; None: no limit.
-        too_long: what happens to a response over it. `drop` removes the marks that need it (counted, one finding each);
+        too_long: what happens to a response over it. `drop` removes it with the marks that need it;
             `truncate_response` cuts its end, and then no end token stands there; `truncate_prompt_start` cuts the shared
             prompt of the whole group from the left, keeping the start token.
         template: None (the tokenizer's own, else `plain`, said), `plain`, or the path of a Jinja file.
 
     Returns:
-        A Batch. Marks that could not be rendered are gone from its groups, each with one finding of severity `error`.
+        A Batch. Marks that could not be rendered are gone from its groups, each with one finding of severity `error`; so
+        are faulty responses that no mark needs.
     """
     speaker = Speaker(tokenizer, template)
     kept: list[Group] = []
@@ -85,19 +84,24 @@ def render(
     findings: list[Finding] = []
     for at in range(0, len(groups), _CHUNK):
         for group, rendered in speaker.render(groups[at : at + _CHUNK], findings):
-            rendered, faults = _fit_length(rendered, group, max_length, too_long, speaker.start_token)
-            group, rendered = _drop(group, rendered, faults, findings)
-            if group is None:
-                continue
-            first.append(len(sequences))
-            sequences += [replace(r, group=len(kept), response=n) for n, r in enumerate(rendered)]
-            kept.append(group)
+            rendered, faults = _fit_length(rendered, max_length, too_long, speaker.start_token)
+            faults |= {r.response: _EMPTY for r in rendered if r.length == 0}
+            group, order = _without(group, faults, _indistinct(group, rendered), findings)
+            if group.responses or not rendered:
+                first.append(len(sequences))
+                sequences += [replace(rendered[i], group=len(kept), response=n) for n, i in enumerate(order)]
+                kept.append(group)
     return Batch(tuple(kept), tuple(sequences), tuple(findings), tuple(first))
 
 
 def render_prompts(groups: Iterable[Group], tokenizer: Any, *, template: str | None = None) -> list[tuple[int, ...]]:
-    """The ids of each group's prompt, ready to be continued: text as it stands, messages with generation prompt."""
-    return [Speaker(tokenizer, template).prompt(group) for group in groups]
+    """The ids of each group's prompt, ready to be continued: text as it stands, messages with generation prompt.
+
+    Raises:
+        Refusal: the chat template refuses a prompt.
+    """
+    speaker = Speaker(tokenizer, template)
+    return [speaker.prompt(group, number) for number, group in enumerate(groups, start=1)]
 
 
 class Speaker:
@@ -109,17 +113,9 @@ class Speaker:
         self.start_token: int | None = tokenizer.bos_token_id
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        own = bool(getattr(tokenizer, "chat_template", None))
-        self.plain = template == "plain" or (template is None and not own)
-        self.unsaid_plain = template is None and not own
-        self.jinja = None if template in (None, "plain") else Path(template).read_text(encoding="utf-8")
+        self.template = template_text(tokenizer, template)
+        self.unsaid_plain = template is None and self.template is not None
         self._blank: dict[int, bool] = {}
-        self._said: set[str] = set()
-
-    def say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            log.warning(line)
 
     # -- text -------------------------------------------------------------------------------------------------------
 
@@ -127,50 +123,68 @@ class Speaker:
         """A prompt or conversation as the text that is tokenized."""
         if isinstance(content, str):
             return content
-        if not self.plain:
-            return self.tokenizer.apply_chat_template(
-                [m.as_dict() for m in content],
-                tools=list(group.tools) or None,
-                chat_template=self.jinja,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-            )
         if self.unsaid_plain:
-            self.say_once("the tokenizer has no chat template: messages are rendered with data.template=plain")
-        return plain(content, generation_prompt=generation_prompt)
+            say_once(self.tokenizer, UNSAID_PLAIN)
+        return self.tokenizer.apply_chat_template(
+            [m.as_dict() for m in content],
+            tools=list(group.tools) or None,
+            chat_template=self.template,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+        )
 
     def ids(self, texts: list[str], content: Content) -> list[list[int]]:
         """A template writes its own start token; plain text gets the tokenizer's."""
-        own_start = isinstance(content, str) or self.plain
+        own_start = isinstance(content, str)
         return self.tokenizer(texts, add_special_tokens=own_start, return_attention_mask=False, verbose=False)["input_ids"]
 
     # -- prompts and responses ----------------------------------------------------------------------------------------
 
-    def prompt(self, group: Group) -> tuple[int, ...]:
-        ids = self.ids([self.text(group.prompt, group, generation_prompt=True)], group.prompt)[0]
+    def prompt(self, group: Group, number: int) -> tuple[int, ...]:
+        try:
+            text = self.text(group.prompt, group, generation_prompt=True)
+        except _template_errors() as error:
+            raise Refusal(f"the chat template refuses prompt {number}: {_said(error)}", code="template_error") from error
+        ids = self.ids([text], group.prompt)[0]
         while len(ids) > 1 and ids[-1] == self.end_token:  # some tokenizers end every text by themselves
             ids.pop()
         return tuple(ids) or self._first_token()
 
     def render(self, groups: Sequence[Group], findings: list[Finding]) -> Iterable[tuple[Group, list[Rendered]]]:
-        """Every group with its rendered responses; a group that the template refuses gives findings instead."""
+        """Every group with its rendered responses; what the template refuses is gone from it, with a finding."""
         ready: list[Group] = []
         texts: dict[bool, list[str]] = {True: [], False: []}  # by "is plain text"
         for group in groups:
-            try:
-                written = [self.text(group.prompt, group, generation_prompt=True)]
-                written += [self.text(_join(group.prompt, r.content), group, generation_prompt=False) for r in group.responses]
-            except _template_errors() as error:
-                line = f"the chat template refuses this conversation: {str(error).splitlines()[0]}"
-                findings += [_finding(mark, "template_error", line) for mark in group.marks]
-                continue
-            ready.append(group)
-            texts[isinstance(group.prompt, str)] += written
+            written = self._written(group, findings)
+            if written:
+                ready.append(written[0])
+                texts[isinstance(group.prompt, str)] += written[1]
         ids = {kind: iter(self.ids(t, "" if kind else ()) if t else []) for kind, t in texts.items()}
         for group in ready:
             of_kind = ids[isinstance(group.prompt, str)]
             prompt = next(of_kind)
             yield group, self._spans(group, prompt, [next(of_kind) for _ in group.responses])
+
+    def _written(self, group: Group, findings: list[Finding]) -> tuple[Group, list[str]] | None:
+        """The group with the texts of its prompt and of each response under it; None where nothing of it is left."""
+        texts: list[str] = []
+        faults: dict[int, Fault] = {}
+        try:
+            prompt = self.text(group.prompt, group, generation_prompt=True)
+        except _template_errors() as error:
+            fault = Fault("template_error", f"the chat template refuses this prompt: {_said(error)}")
+            if not group.responses:
+                findings.append(Finding(fault.code, "error", fault.message))
+            _without(group, dict.fromkeys(range(len(group.responses)), fault), {}, findings)
+            return None
+        for n, response in enumerate(group.responses):
+            try:
+                texts.append(self.text(_join(group.prompt, response.content), group, generation_prompt=False))
+            except _template_errors() as error:
+                faults[n] = Fault("template_error", f"the chat template refuses this conversation: {_said(error)}")
+                texts.append("")
+        left, order = _without(group, faults, {}, findings)
+        return (left, [prompt, *(texts[i] for i in order)]) if left.responses or not group.responses else None
 
     def _spans(self, group: Group, prompt: list[int], joined: list[list[int]]) -> list[Rendered]:
         if not joined:
@@ -190,23 +204,26 @@ class Speaker:
             return (self.start_token,)
         if self.end_token is None:
             return ()
-        self.say_once("a prompt without tokens and a tokenizer without start token: the end token stands first")
+        say_once(self.tokenizer, "a prompt without tokens and a tokenizer without start token: the end token stands first")
         return (self.end_token,)
 
     def _end(self, ids: list[int], start: int, prompt: Content, *, finished: bool) -> list[int]:
         """ids up to and with the one end-of-turn or end token; without it where the response is not finished."""
-        if isinstance(prompt, str) or self.plain:
-            if self.end_token is None:
-                self.say_once("the tokenizer has no end token: responses are scored without one")
-                return ids
+        if isinstance(prompt, str):
             bare = ids[:-1] if ids and ids[-1] == self.end_token else ids
-            return [*bare, self.end_token] if finished else bare
+            return [*bare, *self._end_tokens()] if finished else bare
         end, tail = self._turn_end(ids, start)
         if not finished:
             return ids[: tail if end is None else end - 1]
         if end is not None:
             return ids[:end]
-        return ids[:tail] + ([] if self.end_token is None else [self.end_token])
+        return [*ids[:tail], *self._end_tokens()]
+
+    def _end_tokens(self) -> list[int]:
+        if self.end_token is None:
+            say_once(self.tokenizer, "the tokenizer has no end token: responses are scored without one")
+            return []
+        return [self.end_token]
 
     def _turn_end(self, ids: Sequence[int], start: int) -> tuple[int | None, int]:
         """(index after the first special token of the trailing run of special and blank tokens, start of that run)."""
@@ -245,15 +262,6 @@ class Speaker:
         return len(lead) + _common_prefix(self.ids([text], content)[0], ids[len(lead) :])
 
 
-def plain(messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-    """Messages as the dialogue text of the HH data: a blank line, the speaker, a colon, the words."""
-    names = {"user": "Human", "assistant": "Assistant"}
-    lines = [
-        m.content if m.role == "system" else f"\n\n{names.get(m.role, m.role.capitalize())}: {m.content}" for m in messages
-    ]
-    return "".join(lines) + ("\n\nAssistant:" if generation_prompt else "")
-
-
 def _join(prompt: Content, response: Content) -> Content:
     if isinstance(prompt, str):
         assert isinstance(response, str), "readers pair text with text and messages with messages"
@@ -272,24 +280,39 @@ def _template_errors() -> tuple[type[Exception], ...]:
     return (TemplateError, TypeError, KeyError)
 
 
-# -- length ---------------------------------------------------------------------------------------------------------
+def _said(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+# -- faults ---------------------------------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """Why a response, or a mark, cannot be used."""
+
+    code: str
+    message: str
+
+
+_EMPTY = Fault("empty_answer", "no token of the answer is left to score")
 
 
 def _fit_length(
-    rendered: list[Rendered], group: Group, limit: int | None, too_long: TooLong, start_token: int | None
-) -> tuple[list[Rendered], dict[int, str]]:
+    rendered: list[Rendered], limit: int | None, too_long: TooLong, start_token: int | None
+) -> tuple[list[Rendered], dict[int, Fault]]:
     """The responses within the limit, and for each one that cannot be, the reason."""
     over = [r for r in rendered if limit is not None and len(r.ids) > limit]
     if limit is None or not over:
         return rendered, {}
     if too_long == "drop":
-        return rendered, {r.response: f"{len(r.ids)} tokens, over max_length {limit}" for r in over}
+        return rendered, {r.response: _too_long(f"{len(r.ids)} tokens, over max_length {limit}") for r in over}
     if too_long == "truncate_response":
-        faults = {r.response: f"the prompt alone fills max_length {limit}" for r in over if r.start >= limit}
+        faults = {r.response: _too_long(f"the prompt alone fills max_length {limit}") for r in over if r.start >= limit}
         return [_cut_end(r, limit) if r.start < limit else r for r in rendered], faults
     keep = 1 if start_token is not None and rendered[0].ids[0] == start_token else 0
     room = limit - max(keep, 1)  # at least one token has to stand before the response
-    faults = {r.response: f"the response alone fills max_length {limit}" for r in rendered if len(r.ids) - r.start > room}
+    long = [r.response for r in rendered if len(r.ids) - r.start > room]
+    faults = dict.fromkeys(long, _too_long(f"the response alone fills max_length {limit}"))
     excess = max((len(r.ids) - limit for r in rendered if r.response not in faults), default=0)
     if excess <= 0:
         return rendered, faults
@@ -297,45 +320,60 @@ def _fit_length(
     return cut, faults
 
 
+def _too_long(message: str) -> Fault:
+    return Fault("too_long", message)
+
+
 def _cut_end(r: Rendered, limit: int) -> Rendered:
     return replace(r, ids=r.ids[:limit], mask=None if r.mask is None else r.mask[: limit - r.start])
 
 
-def _drop(
-    group: Group, rendered: list[Rendered], faults: dict[int, str], findings: list[Finding]
-) -> tuple[Group | None, list[Rendered]]:
-    """Removes the marks that need a faulty response, then the responses that no mark needs any more."""
-    reasons: list[tuple[Mark, str, str]] = []
-    for mark in group.marks:
+def _indistinct(group: Group, rendered: list[Rendered]) -> dict[int, Fault]:
+    """Marks (by index) that compare equal tokens."""
+    fault = Fault("identical_tokens", "both answers have the same tokens: nothing to learn from")
+    pairs = [(n, mark) for n, mark in enumerate(group.marks) if isinstance(mark, Comparison)]
+    return {n: fault for n, mark in pairs if rendered[mark.a].ids == rendered[mark.b].ids}
+
+
+def _without(
+    group: Group, faults: Mapping[int, Fault], bad_marks: Mapping[int, Fault], findings: list[Finding]
+) -> tuple[Group, list[int]]:
+    """The group without faulty responses, the marks that need them, and what is then needed by no mark any more.
+
+    Args:
+        faults: by index of the response. bad_marks: by index of the mark.
+        findings: gets one for each mark that is gone, and one for each faulty response that no mark needs.
+
+    Returns:
+        What is left, and the indices that its responses had.
+    """
+    if not faults and not bad_marks:
+        return group, list(range(len(group.responses)))
+    marked = {i for mark in group.marks for i in mark.responses}
+    lost = set(faults)
+    marks: list[Mark] = []
+    for n, mark in enumerate(group.marks):
         faulty = [i for i in mark.responses if i in faults]
-        if faulty:
-            reasons.append((mark, "too_long", faults[faulty[0]]))
-        elif isinstance(mark, Comparison) and rendered[mark.a].ids == rendered[mark.b].ids:
-            reasons.append((mark, "identical_tokens", "both answers have the same tokens: nothing to learn from"))
-        elif any(rendered[i].length == 0 for i in mark.responses):
-            reasons.append((mark, "empty_answer", "no token of the answer is left to score"))
-    if not reasons and not faults:
-        return group, rendered
-    findings += [_finding(mark, code, line) for mark, code, line in reasons]
-    gone = {id(mark) for mark, _, _ in reasons}
-    marks = [mark for mark in group.marks if id(mark) not in gone]
-    if group.marks:
-        lost = {i for mark, _, _ in reasons for i in mark.responses} | set(faults)
-        needed = {i for mark in marks for i in mark.responses}
-        order = [i for i in range(len(rendered)) if i in needed or i not in lost]
-    else:
-        order = [i for i in range(len(rendered)) if i not in faults]
-    if not order:
-        return None, []
-    place = {old: new for new, old in enumerate(order)}
-    trimmed = replace(
-        group,
-        responses=tuple(group.responses[i] for i in order),
-        marks=tuple(mark.moved(place.__getitem__) for mark in marks),
-    )
-    return trimmed, [rendered[i] for i in order]
+        if not faulty and n not in bad_marks:
+            marks.append(mark)
+            continue
+        lost |= set(mark.responses)
+        findings.append(_finding(group, mark, faulty, faults) if faulty else _at(mark.origin, bad_marks[n]))
+    findings += [_at(next(iter(group.responses[i].origins), None), faults[i]) for i in faults if i not in marked]
+    needed = {i for mark in marks for i in mark.responses}
+    order = [i for i in range(len(group.responses)) if i in needed or i not in lost]
+    return group.restricted(marks, order), order
 
 
-def _finding(mark: Mark, code: str, message: str) -> Finding:
-    origin = mark.origin or Origin("", 0, "")
-    return Finding(code, "error", message, origin.file, origin.row or None, origin.column or None)
+def _finding(group: Group, mark: Mark, faulty: list[int], faults: Mapping[int, Fault]) -> Finding:
+    """Names the columns of the answers that are at fault, which need not be the mark's own."""
+    where = mark.origin or Origin("", 0, "")
+    origins = [o for i in faulty for o in group.responses[i].origins if (o.file, o.row) == (where.file, where.row)]
+    columns = ", ".join(dict.fromkeys(o.column for o in origins))
+    message = "; ".join(dict.fromkeys(faults[i].message for i in faulty))
+    return _at(replace(where, column=columns), Fault(faults[faulty[0]].code, message))
+
+
+def _at(origin: Origin | None, fault: Fault) -> Finding:
+    file, row, column = (origin.file, origin.row or None, origin.column or None) if origin else ("", None, None)
+    return Finding(fault.code, "error", fault.message, file, row, column)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from preftune.data.dialogue import is_list, is_object
 from preftune.data.faults import RowFault
 from preftune.data.formats import recognise
-from preftune.data.hub import dataset_rows, is_dataset, is_hub_name, is_saved, load_hub, load_saved
+from preftune.data.hub import dataset_rows, is_dataset, is_hub_name, is_saved, load_hub, load_saved, no_splits
 from preftune.data.options import DataOptions, Source
 from preftune.data.readers import kind_of, read_rows
 from preftune.errors import Refusal, nearest
@@ -40,6 +40,8 @@ def streams(sources: Any, options: DataOptions) -> Iterator[Stream]:
         raise Refusal("no data is given: name a file, a folder, a hub name, or rows", code="no_data", key="data.sources")
     for kind, alike in groupby(items, key=_kind):
         if kind in ("rows", "groups"):
+            if options.split:
+                raise no_splits(kind)
             numbered = enumerate(cast("Iterable[Item]", alike), start=1)
             yield from _limited([Stream(kind, numbered)], Source(path=kind), options)
             continue
@@ -106,15 +108,18 @@ def _found(source: Source, split: str | None) -> Iterator[Stream]:
         if is_saved(path):
             yield Stream(name, dataset_rows(load_saved(path, name), split, name))
             return
-        for file in _data_files(path, name):
+        files = _data_files(path, name)
+        if split:
+            raise no_splits(name)
+        for file in files:
             shown = str(Path(name) / file.name)
             yield Stream(shown, read_rows(file, shown))
     elif path.exists() and name:
-        if source.split:
-            raise Refusal("a file has no splits: leave out split", code="unknown_split", file=name)
+        if split:
+            raise no_splits(name)
         yield Stream(name, read_rows(path, name))
     elif is_hub_name(name) and not kind_of(path):
-        yield Stream(name, dataset_rows(load_hub(name, split), split, name))
+        yield Stream(name, dataset_rows(load_hub(name, split), None, name))
     else:
         raise Refusal(_missing(path), code="not_found", file=name)
 

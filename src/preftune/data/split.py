@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 
 from preftune.records import Group, Mark, digest
 
@@ -14,44 +13,59 @@ SHARE, AT_MOST = 0.05, 1000
 def split(groups: Sequence[Group], *, share: float = SHARE, at_most: int = AT_MOST) -> tuple[list[Group], list[Group]]:
     """(training, held-out) groups: `share` of the prompts, at most `at_most`, those with the smallest hashes.
 
-    Texts without a prompt all stand in one group; they are held out one by one, by the hash of their response.
+    Rows without a prompt all stand in one group. They are held out one by one, by the hash of their answer; comparisons
+    together with all that share an answer with them, directly or through others, so that no answer stands on both sides.
     """
+    parts = [(place, n, marks) for n, group in enumerate(groups) for place, marks in _parts(group)]
+    chosen = sorted((part for part in parts if part[0] < share), key=lambda part: part[0])[:at_most]
+    out: dict[int, set[int]] = {}
+    for _, n, marks in chosen:
+        out.setdefault(n, set()).update(marks)
     train: list[Group] = []
-    held: list[tuple[float, Group]] = []
-    for group in groups:
-        if group.prompt in ("", ()):
-            rest, out = _split_marks(group, share, at_most)
-            train += rest
-            held += [(0.0, g) for g in out]
-            continue
-        place = _place(digest(group.prompt, group.tools))
-        if place < share:
-            held.append((place, group))
-        else:
+    held: list[Group] = []
+    for n, group in enumerate(groups):
+        if n not in out:
             train.append(group)
-    kept = {id(group) for _, group in sorted(held, key=lambda pair: pair[0])[:at_most]}
-    return train + [g for _, g in held if id(g) not in kept], [g for _, g in held if id(g) in kept]
-
-
-def _place(identity: str) -> float:
-    """A number in [0, 1) from a digest, hashed once more so that ids a user made up spread evenly too."""
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
-
-
-def _split_marks(group: Group, share: float, at_most: int) -> tuple[list[Group], list[Group]]:
-    places = {m: _place(group.responses[m.responses[0]].id) for m in group.marks}
-    out = set(sorted((m for m in group.marks if places[m] < share), key=places.__getitem__)[:at_most])
-    parts = [[m for m in group.marks if m not in out], [m for m in group.marks if m in out]]
-    train, held = ([subset(group, marks)] if marks else [] for marks in parts)
+        elif len(out[n]) == len(group.marks):
+            held.append(group)
+        else:
+            train.append(_subset(group, [m for i, m in enumerate(group.marks) if i not in out[n]]))
+            held.append(_subset(group, [m for i, m in enumerate(group.marks) if i in out[n]]))
     return train, held
 
 
-def subset(group: Group, marks: Sequence[Mark]) -> Group:
+def _parts(group: Group) -> list[tuple[float, Sequence[int]]]:
+    """(place, indices of marks) of what has to stay together: the whole group, or without a prompt its components."""
+    if group.prompt not in ("", ()):
+        return [(_place(digest(group.prompt, group.tools)), range(len(group.marks)))]
+    ids = [response.id for response in group.responses]
+    return [(_place(min(ids[i] for n in part for i in group.marks[n].responses)), part) for part in _components(group)]
+
+
+def _place(identity: str) -> float:
+    """A number in [0, 1) from a digest, hashed once more: ids a user made up spread evenly then, and the least of many."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
+
+
+def _components(group: Group) -> list[list[int]]:
+    """Indices of marks, those together that share responses, directly or through other marks."""
+    above = list(range(len(group.responses)))
+
+    def root(i: int) -> int:
+        while above[i] != i:
+            above[i] = above[above[i]]  # halves the path, so that long chains stay short
+            i = above[i]
+        return i
+
+    for mark in group.marks:
+        for other in mark.responses[1:]:
+            above[root(other)] = root(mark.responses[0])
+    found: dict[int, list[int]] = {}
+    for n, mark in enumerate(group.marks):
+        found.setdefault(root(mark.responses[0]), []).append(n)
+    return list(found.values())
+
+
+def _subset(group: Group, marks: Sequence[Mark]) -> Group:
     """The group with these marks alone, and the responses they need."""
-    needed = sorted({i for mark in marks for i in mark.responses})
-    place = {old: new for new, old in enumerate(needed)}
-    return replace(
-        group,
-        responses=tuple(group.responses[i] for i in needed),
-        marks=tuple(m.moved(place.__getitem__) for m in marks),
-    )
+    return group.restricted(marks, sorted({i for mark in marks for i in mark.responses}))

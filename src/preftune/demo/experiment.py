@@ -67,7 +67,7 @@ def run(keys: DemoKeys, out: Path, *, progress: Any = None) -> dict[str, Any]:
         {prompts, base: {reward, distinct_2}, runs: [{beta, win_rate: {scorer: {...}}, reward, kl (nats per response),
         kl_interval, kl_samples, distinct_2, samples}]}, as written to demo.json.
     """
-    files.make(out)
+    files.make(out, overwrite=keys.overwrite)
     tokenizer = load_tokenizer(model_folder())
     log.info(f"sampling {TRAIN_PROMPTS + HELD_PROMPTS} openings, and {SAMPLES} continuations for {TRAIN_PROMPTS} of them")
     task = prepare(tokenizer, keys.seed)

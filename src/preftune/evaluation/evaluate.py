@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,17 @@ from preftune.evaluation.held_out import held_out, needed_rows
 from preftune.evaluation.intervals import mean_interval
 from preftune.evaluation.kl import kl_per_response
 from preftune.evaluation.win_rate import Scorer, judge, win_rate
-from preftune.generation.sample import Sample, Sampling, sample
+from preftune.generation.sample import Sample, Sampling, sample, with_room
 from preftune.models.load import check_tokenizer, longest, max_positions
 from preftune.records import Group
 from preftune.scoring.score import score_logp
 
 log = logging.getLogger("preftune")
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]  # phase, done, total, nothing more
+
+
+def _silent(phase: str, done: int, total: int, line: dict[str, Any]) -> None: ...
 
 
 def evaluate(
@@ -36,6 +42,7 @@ def evaluate(
     kl_samples: int = 64,
     max_new_tokens: int = 128,
     seed: int = 0,
+    progress: Progress = _silent,
 ) -> dict[str, Any]:
     """Held-out figures of a model.
 
@@ -45,6 +52,7 @@ def evaluate(
         reference: the model that log-ratios, accuracy, loss and KL are taken against; None: those are None.
         method: whose loss is reported; None: by the kind of marks.
         kl_samples: prompts that one response each is sampled for, to measure the KL; 0: no KL.
+        progress: called with (phase, done, total, {}) as the work goes on.
 
     Returns:
         `comparisons, demonstrations, prompts, accuracy, accuracy_interval, logp_accuracy, logp_accuracy_interval, margin
@@ -62,16 +70,18 @@ def evaluate(
     name = methods.choose(methods.check_name(method) if method else None, list(batch.groups))
     chosen = methods.make(name, beta=beta)
     rows = needed_rows(batch, chosen)
-    policy_logp = score_logp(model, batch, rows)
-    reference_logp = None if reference is None else score_logp(reference, batch, rows)
+    policy_logp = score_logp(model, batch, rows, progress=counted(progress, "evaluate", len(rows)))
+    reference_logp = None
+    if reference is not None:
+        reference_logp = score_logp(reference, batch, rows, progress=counted(progress, "reference", len(rows)))
     used_beta = beta if chosen.needs_reference else None
     result = held_out(batch, chosen, policy_logp, reference_logp, beta=used_beta, seed=seed)
     if reference is None or not kl_samples:
         return result
-    samples = sample_prompts(
-        model, tokenizer, batch.groups[:kl_samples], template=template, max_new_tokens=max_new_tokens, seed=seed
-    )
-    values = kl_per_response(model, reference, samples)
+    prompts = batch.groups[:kl_samples]
+    how = Sampling(max_new_tokens=max_new_tokens, seed=seed)
+    samples = sample_prompts(model, tokenizer, prompts, how, template=template, progress=progress)
+    values = kl_per_response(model, reference, samples, progress=counted(progress, "kl", len(samples)))
     found = mean_interval(values, range(len(values)), seed=seed)
     return result | ({"kl": found[0], "kl_samples": len(values), "kl_interval": found[1]} if found else {})
 
@@ -88,13 +98,15 @@ def compare(
     template: str | None = None,
     max_new_tokens: int = 128,
     seed: int = 0,
+    progress: Progress = _silent,
 ) -> dict[str, Any]:
     """Win rate of one sample of each model per prompt under a scoring function; both sample with the same seed.
 
     Returns:
         `prompts, win_rate, win_rate_interval, wins, ties, losses, length, length_against` (mean new tokens), `scorer`.
     """
-    one_each = partial(sample_prompts, groups=groups, template=template, max_new_tokens=max_new_tokens, seed=seed)
+    how = Sampling(max_new_tokens=max_new_tokens, seed=seed)
+    one_each = partial(sample_prompts, groups=groups, how=how, template=template, progress=progress)
     ours = one_each(model, tokenizer)
     theirs = one_each(against, against_tokenizer or tokenizer)
     both = sorted({s.prompt_index for s in ours} & {s.prompt_index for s in theirs})
@@ -107,19 +119,35 @@ def compare(
 
 
 def sample_prompts(
-    model: Any, tokenizer: Any, groups: Sequence[Group], *, template: str | None, max_new_tokens: int, seed: int
+    model: Any,
+    tokenizer: Any,
+    groups: Sequence[Group],
+    how: Sampling,
+    *,
+    template: str | None,
+    progress: Progress = _silent,
 ) -> list[Sample]:
-    """One response per prompt at temperature 1. Prompts that leave no room for one are left out, and that is said."""
+    """Responses to the prompts of groups, by their index there; prompts that leave no room for one are left out, and
+    that is said."""
     ids = render_prompts(groups, tokenizer, template=template)
-    limit = max_positions(model)
-    fits = [n for n, p in enumerate(ids) if limit is None or len(p) < limit]
-    if len(fits) < len(ids):
-        log.warning(f"{len(ids) - len(fits):,} of {len(ids):,} prompts fill the model's {limit:,} positions: left out")
+    fits = with_room(model, ids)
     if not fits:
         raise Refusal("no prompt leaves room for a response", code="prompts_too_long", key="prompts")
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - max(len(ids[n]) for n in fits))
-    found = sample(model, tokenizer, [ids[n] for n in fits], Sampling(max_new_tokens=room, seed=seed))
-    return [Sample(fits[s.prompt_index], s.sample, s.prompt_ids, s.ids, s.text, s.finish) for s in found]
+    total = len(fits) * how.samples
+    found = sample(model, tokenizer, [ids[n] for n in fits], how, progress=counted(progress, "sample", total))
+    return [replace(s, prompt_index=fits[s.prompt_index]) for s in found]
+
+
+def counted(progress: Progress, phase: str, total: int) -> Callable[[int], None]:
+    """A function that is told how many more are done, and passes on how many are done in all."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(phase, done, total, {})
+
+    return advance
 
 
 def prompt_text(group: Group) -> str:

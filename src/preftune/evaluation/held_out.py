@@ -59,14 +59,12 @@ def held_out(
         "demonstrations": len(method.examples(batch.groups)) if method.name == "sft" else None,
         "prompts": len({s.group for s in batch.sequences}),
     }
-    preference = torch.tensor([e.preference for e in pairs])
     index = _index(batch, pairs)
     log_ratio = None if reference_logp is None else policy_logp - reference_logp
     for name, values in (("accuracy", log_ratio), ("logp_accuracy", policy_logp)):
         found = None
         if pairs and values is not None:
-            right = right_sign(values[index[:, 0]] - values[index[:, 1]], preference)
-            found = mean_interval(right.tolist(), prompts, seed=seed)
+            found = mean_interval(right_order(batch, values).tolist(), prompts, seed=seed)
         result[name], result[f"{name}_interval"] = found or (None, None)
     metrics = method_metrics(batch, method, policy_logp, reference_logp)
     margin = None
@@ -76,6 +74,13 @@ def held_out(
     if method.name == "sft":
         result["perplexity"] = math.exp(metrics["loss"]) if "loss" in metrics else None
     return result | {"kl": None, "kl_samples": None, "kl_interval": None, "method": method.name, "beta": beta}
+
+
+def right_order(batch: Batch, values: Tensor) -> Tensor:
+    """[comparisons] 1 where the values of [len(batch)] responses put the better one first; see `pairs.right_sign`."""
+    pairs = comparisons(batch.groups)
+    index = _index(batch, pairs)
+    return right_sign(values[index[:, 0]] - values[index[:, 1]], torch.tensor([e.preference for e in pairs]))
 
 
 def _index(batch: Batch, examples: Sequence[Example]) -> Tensor:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from preftune.errors import RunFailed
 from preftune.generation.sample import Sample
 from preftune.scoring.plan import pack
 from preftune.scoring.score import default_budget, evaluation_mode
 
 
 def kl_per_response(
-    policy: Any, reference: Any | None, samples: Sequence[Sample], *, without_adapter: bool = False
+    policy: Any,
+    reference: Any | None,
+    samples: Sequence[Sample],
+    *,
+    without_adapter: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> list[float]:
     """sum over the steps t of one sampled response of KL(policy(. | x, y_<t) || reference(. | x, y_<t)), in nats.
 
@@ -28,6 +35,9 @@ def kl_per_response(
 
     Returns:
         One value per sample, in their order.
+
+    Raises:
+        RunFailed: a value that is not finite.
     """
     from preftune.models.adapters import adapter_off
 
@@ -39,10 +49,17 @@ def kl_per_response(
             log_p = _log_probabilities(policy, [ids[r] for r in rows], nullcontext())
             off = adapter_off(policy) if without_adapter else nullcontext()
             log_q = _log_probabilities(other, [ids[r] for r in rows], off)
+            shared = min(log_p.shape[-1], log_q.shape[-1])  # a vocabulary may be padded further in one of them
+            log_p, log_q = log_p[..., :shared], log_q[..., :shared]
             per_step = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding can fall below 0
             for n, r in enumerate(rows):
                 begin, end = len(samples[r].prompt_ids) - 1, len(ids[r]) - 1
                 values[r] = float(per_step[n, begin:end].sum())
+                if not math.isfinite(values[r]):
+                    line = f"the KL of response {r} is {values[r]}: one of the models gives no finite log-probabilities there"
+                    raise RunFailed(line, code="not_finite")
+            if progress:
+                progress(len(rows))
     return values
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 
 from preftune.models.adapters import is_adapter
+from preftune.models.load import max_positions
 from preftune.scoring.score import evaluation_mode
+
+log = logging.getLogger("preftune")
 
 _TOKENS = 2**14  # prompt and new tokens of one batch
 
@@ -52,9 +57,12 @@ def sample(
     """Continues every prompt `sampling.samples` times; in the order prompt, then sample. A `streamer` of transformers gets
     the tokens as they come (one prompt at a time).
 
-    The result depends on the seed and on the prompts together, not on the state of torch's generator, which is left as
-    it was.
+    A prompt near the end of the model's positions gets as many new tokens as it leaves room for; one that leaves none is
+    the caller's to leave out (`with_room`). The result depends on the seed and on the prompts together, not on the state
+    of torch's generator, which is left as it was.
     """
+    limit = max_positions(model)
+    room = [sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(p)) for p in prompts]
     jobs = sorted(
         ((p, k) for p in range(len(prompts)) for k in range(sampling.samples)),
         key=lambda job: (len(prompts[job[0]]), job),
@@ -66,14 +74,26 @@ def sample(
         torch.manual_seed(sampling.seed)
         while jobs:
             count = max(1, _TOKENS // ((len(prompts[jobs[0][0]]) + sampling.max_new_tokens) * sampling.beams))
-            rows, jobs = jobs[:count], jobs[count:]
-            for job, ids in zip(rows, _generate(model, [prompts[p] for p, _ in rows], sampling, ends, streamer), strict=True):
+            how = replace(sampling, max_new_tokens=room[jobs[0][0]])
+            rows = list(takewhile(lambda job: room[job[0]] == how.max_new_tokens, jobs[:count]))
+            jobs = jobs[len(rows) :]
+            for job, ids in zip(rows, _generate(model, [prompts[p] for p, _ in rows], how, ends, streamer), strict=True):
                 finish = "stop" if ids and ids[-1] in ends else "length"
                 text = continuation_text(tokenizer, prompts[job[0]], ids)
                 found[job] = Sample(job[0], job[1], tuple(prompts[job[0]]), tuple(ids), text, finish)
             if progress:
                 progress(len(rows))
     return [found[key] for key in sorted(found)]
+
+
+def with_room(model: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The prompts, by index, that leave room for a response; how many do not is said."""
+    limit = max_positions(model)
+    fitting = [n for n, p in enumerate(prompts) if limit is None or len(p) < limit]
+    if len(fitting) < len(prompts):
+        left_out = f"{len(prompts) - len(fitting):,} of {len(prompts):,} prompts"
+        log.warning(f"{left_out} fill the model's {limit:,} positions: no response to them is sampled")
+    return fitting
 
 
 def continuation_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:

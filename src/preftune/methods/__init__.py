@@ -51,7 +51,7 @@ def choose(name: str | None, groups: list[Group]) -> str:
         if len(kinds) > 1:
             raise Refusal(f"the data holds {found}: name the method (method=...)", code="mixed_marks", key="method")
         if not kinds:
-            raise Refusal("the data holds prompts only: there is nothing to train on", code="no_marks", key="data")
+            raise Refusal("the data holds prompts only: no answers and no judgements of them", code="no_marks", key="data")
         name = DEFAULT_FOR[kinds.pop()]
         if name not in NEEDS:
             raise Refusal(

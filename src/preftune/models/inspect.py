@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -65,6 +67,18 @@ def facts(ref: str, key: str) -> Facts:
     config = _json(folder / "config.json", key)
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return Facts(ref, folder, False, size, _tokens(folder, key))
+
+
+def stored_types(ref: str) -> Counter[str]:
+    """How many weights of each type, as safetensors names them, the headers of a local folder list."""
+    found: Counter[str] = Counter()
+    for path in Path(ref).glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                found[tensor["dtype"]] += math.prod(tensor["shape"])
+    return found
 
 
 def check_vocabulary(policy: Facts, reference: Facts | None = None) -> None:

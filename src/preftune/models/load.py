@@ -15,7 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from preftune.errors import Refusal
-from preftune.models.inspect import facts, resolve
+from preftune.models.inspect import facts, resolve, stored_types
+
+_PADDING = 1024  # most rows that an embedding is padded with beyond the tokenizer's ids
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors names them
 
 
 def device() -> torch.device:
@@ -41,9 +44,14 @@ def load_model(ref: str, *, dtype: torch.dtype = torch.float32, key: str = "mode
         path = str(Path(path).absolute())
     adapter = facts(path, key).adapter
     with _refusing(ref, "model", key), _quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            _base(path) if adapter else path, dtype=dtype, trust_remote_code=trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            _base(path) if adapter else path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+        model, info = loaded
+        if info["missing_keys"]:  # transformers would fill them with random numbers
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            line = f"{ref} holds no causal language model: its weights lack {missing}"
+            raise Refusal(line, code="incomplete_model", key=key)
         if adapter:
             from peft import PeftModel
 
@@ -58,6 +66,18 @@ def _base(path: str) -> str:
     if not base:
         raise Refusal(f"{path}/adapter_config.json names no base model", code="bad_model_file", key="model")
     return base
+
+
+def stored_dtype(ref: str, *, trust_remote_code: bool = False) -> torch.dtype:
+    """The precision that most weights are stored in, those of the base for an adapter; float32 where nothing says it."""
+    path = resolve(ref, "model")
+    with _refusing(ref, "model", "model"), _quiet(warnings=False):
+        base = _base(path) if facts(path, "model").adapter else path
+        counts = {dtype: count for name, count in stored_types(base).items() if (dtype := _STORED.get(name))}
+        if counts:
+            return max(counts, key=counts.__getitem__)
+        said = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype
+    return said if isinstance(said, torch.dtype) else torch.float32
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -104,22 +124,43 @@ def longest(asked: int | None, positions: int | None) -> int | None:
 
 
 def check_tokenizer(model: Any, tokenizer: Any, reference: Any = None) -> None:
-    """Refuses a tokenizer with ids that the model has no row for, and a reference with another vocabulary."""
-    size = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > size:
+    """Refuses a tokenizer with ids that the model has no row for, and a reference with another vocabulary.
+
+    Rows beyond the tokenizer's ids are padding, and models of one family are often padded differently.
+    """
+    size, needed = _rows(model), max(tokenizer.get_vocab().values()) + 1
+    if needed > size:
         raise Refusal(
-            f"the tokenizer has {len(tokenizer):,} tokens and the model a vocabulary of {size:,}: they do not belong together",
+            f"the tokenizer has ids up to {needed - 1:,} and the model a vocabulary of {size:,}: they do not belong together",
             code="vocabulary_mismatch",
             key="tokenizer",
         )
-    other = size if reference is None else reference.get_input_embeddings().weight.shape[0]
-    if other != size:
+    other = size if reference is None else _rows(reference)
+    if other != size and not all(needed <= rows < needed + _PADDING for rows in (size, other)):
         raise Refusal(
             f"the policy has a vocabulary of {size:,} and the reference one of {other:,}: "
             "log-ratios of their tokens mean nothing",
             code="vocabulary_mismatch",
             key="reference",
         )
+
+
+def check_same_vocabulary(tokenizer: Any, other: Any) -> None:
+    """Refuses a reference whose tokenizer gives any token another id than the policy's does."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        token = next(token for token in [*ours, *theirs] if ours.get(token) != theirs.get(token))
+        raise Refusal(
+            f"the policy and the reference have different vocabularies ({len(ours):,} and {len(theirs):,} tokens; {token!r} is "
+            f"{ours.get(token, 'absent')} in one and {theirs.get(token, 'absent')} in the other): "
+            "log-ratios of their tokens mean nothing",
+            code="vocabulary_mismatch",
+            key="reference",
+        )
+
+
+def _rows(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 @contextmanager

@@ -95,13 +95,14 @@ class Row:
 def held_out(evaluation: Json) -> list[Row]:
     """The measures that stand in evaluation.json, before and after."""
     before, after = mapping(evaluation.get("before")), mapping(evaluation.get("after"))
+    per_token = any(number(side.get("demonstrations")) is not None for side in (before, after))
     show = {True: percent, False: figure}
     rows: list[Row] = []
     for measure in MEASURES:
         key, share = measure.key, measure.share
         if before.get(key) is None and after.get(key) is None:
             continue
-        unit = "nats per token" if key == "loss" and "demonstrations" in {**before, **after} else measure.unit
+        unit = "nats per token" if key == "loss" and per_token else measure.unit
         if key == "kl" and (samples := number(after.get("kl_samples"))) is not None:
             unit += f", {samples:,.0f} samples"
         cells = [(show[share](side.get(key)), interval(side.get(f"{key}_interval"), share=share)) for side in (before, after)]

@@ -47,8 +47,11 @@ def best_run(demo: Json) -> Json:
 
 
 def run_sentence(evaluation: Json, metrics: Sequence[Json]) -> str:
-    """The verdict of a training run: the share ranked right by log-probability, else by margin, else the loss."""
+    """The verdict of a training run: for SFT its loss; else the share ranked right by log-probability, by margin, or the
+    loss."""
     before, after = mapping(evaluation.get("before")), mapping(evaluation.get("after"))
+    if after.get("method") == "sft" and number(after.get("loss")) is not None:
+        return _loss_sentence(before, after)
     if number(after.get("logp_accuracy")) is not None:
         return _ranking_sentence(before, after)
     if number(after.get("accuracy")) is not None:
@@ -89,7 +92,7 @@ def _ranking_sentence(before: Json, after: Json) -> str:
 
 
 def _loss_sentence(before: Json, after: Json) -> str:
-    kind = "demonstrations" if "demonstrations" in after else "comparisons"
+    kind = "demonstrations" if number(after.get("demonstrations")) is not None else "comparisons"
     unit = " nats per token" if kind == "demonstrations" else ""
     first, second = number(before.get("loss")), float(after["loss"])
     where = _where(after, kind)

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from preftune.errors import Refusal
+from preftune.errors import Refusal, RunFailed
 
 
 def choose_out(out: str | None, name: str, *, overwrite: bool) -> Path:
@@ -28,22 +28,34 @@ def choose_out(out: str | None, name: str, *, overwrite: bool) -> Path:
     if folder.is_file():
         raise Refusal(f"{out} is a file; name a folder", code="out_is_file", key="out")
     _check_parent(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        what = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
-        raise Refusal(
-            f"{out} {what}; choose another folder, or overwrite=true moves it to {_old(folder).name}",
-            code="out_holds_run",
-            key="out",
-        )
+    if not overwrite:
+        _check_empty(folder)
     return folder
 
 
-def make(folder: Path) -> Path:
-    """Creates the folder; what was there stands beside it as .old-1, .old-2 ..."""
-    if folder.is_dir() and any(folder.iterdir()):
+def make(folder: Path, *, overwrite: bool = False) -> Path:
+    """Creates the folder; what was there stands beside it as .old-1, .old-2 ... Asks again: since it was chosen, another
+    run may have begun there."""
+    if not overwrite:
+        _check_empty(folder)
+    elif _holds_something(folder):
         os.replace(folder, _old(folder))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _check_empty(folder: Path) -> None:
+    if _holds_something(folder):
+        what = "holds a run" if (folder / "config.yaml").exists() else "is not empty"
+        raise Refusal(
+            f"{folder} {what}; choose another folder, or overwrite=true moves it to {_old(folder).name}",
+            code="out_holds_run",
+            key="out",
+        )
 
 
 def _old(folder: Path) -> Path:
@@ -81,11 +93,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, to_json(value, indent=2, file=str(path)) + "\n")
 
 
 def write_lines(path: Path, lines: Iterable[Any]) -> None:
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(path, "".join(to_json(line, file=str(path)) + "\n" for line in lines))
+
+
+def to_json(value: Any, *, indent: int | None = None, file: str | None = None) -> str:
+    """JSON as others read it: a figure that is not finite has no form there, and is an error instead of a broken file."""
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise RunFailed(f"cannot be written as JSON: {error}", code="not_finite", file=file) from error
 
 
 def environment(files: Iterable[str | Path], **more: Any) -> dict[str, Any]:
@@ -122,13 +142,15 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of preftune itself, where it runs from a checkout."""
-    here = Path(__file__).parent
+    """The commit of preftune itself, where it runs from a checkout of its own; not that of a repository around it."""
+    here = Path(__file__).resolve().parents[1]
+    ask = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        found = subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    top, commit = found.stdout.splitlines()
+    return commit if here == Path(top).resolve() / "src" / "preftune" else None
 
 
 def _sha256(path: Path) -> str:

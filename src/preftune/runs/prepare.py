@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from preftune import methods
@@ -14,6 +13,7 @@ from preftune.data.options import DataOptions
 from preftune.data.read import Reading, enforce, load, tally
 from preftune.data.render import Batch, TooLong, render
 from preftune.data.split import split
+from preftune.data.template import read_template
 from preftune.errors import Refusal
 from preftune.records import Finding, Group
 
@@ -22,12 +22,14 @@ log = logging.getLogger("preftune")
 
 @dataclass
 class Data:
-    """Read, not yet rendered: groups to train on and to hold out, with what was read to get them."""
+    """Read, not yet rendered: groups to train on and to hold out, with what was read to get them: one reading, or two
+    where held-out data was named."""
 
     method: str
     train: list[Group]
     held: list[Group]
-    readings: list[tuple[Reading, DataOptions]]
+    readings: list[Reading]
+    options: DataOptions
 
 
 def load_said(sources: Any, options: DataOptions) -> Reading:
@@ -40,16 +42,10 @@ def load_said(sources: Any, options: DataOptions) -> Reading:
     return reading
 
 
-def check_template(template: str | None) -> None:
+def check_template(template: str | None, *, key: str = "data.template") -> None:
     """Refuses a template file that cannot be read."""
-    if template in (None, "plain"):
-        return
-    try:
-        Path(template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        line = f"the chat template {template} cannot be read ({why}): give a Jinja file, or plain"
-        raise Refusal(line, code="bad_template", key="data.template") from error
+    if template not in (None, "plain"):
+        read_template(template, key=key)
 
 
 def read_data(sources: Any, options: DataOptions, eval_sources: Any, method: str | None) -> Data:
@@ -66,23 +62,36 @@ def read_data(sources: Any, options: DataOptions, eval_sources: Any, method: str
         shared = {g.id for g in reading.groups} & {g.id for g in held.groups}
         if shared and any(g.prompt not in ("", ()) for g in held.groups):
             log.warning(f"eval_data shares {len(shared):,} of its {len(held.groups):,} prompts with the training data")
-        return Data(chosen, reading.groups, held.groups, [(reading, options), (held, options)])
-    train, out = split(reading.groups)
-    if not train:
-        train, out = out, []
-    if not out:
-        log.warning("nothing is held out: 5 % of so few prompts is none; eval_data=... names held-out data")
-    return Data(chosen, train, out, [(reading, options)])
+        return Data(chosen, reading.groups, held.groups, [reading, held], options)
+    return Data(chosen, *_hold_out(reading.groups), [reading], options)
 
 
 def from_groups(groups: Sequence[Group], held: Sequence[Group] | None, method: str, options: DataOptions) -> Data:
-    """The same for groups at hand: each mark counts as a row."""
-    train, out = split(groups) if held is None else (list(groups), list(held))
+    """The same for groups at hand: each mark counts as a row, and so does a response that no mark refers to."""
+    if held:
+        return Data(method, list(groups), list(held), [_counted(groups), _counted(held)], options)
+    train, out = _hold_out(groups) if held is None else (list(groups), [])
+    return Data(method, train, out, [_counted(groups)], options)
+
+
+def _hold_out(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """(training, held-out) groups, the latter said where there are none."""
+    train, out = split(groups)
     if not train:
         train, out = out, []
-    marks = sum(len(g.marks) for g in [*train, *out])
-    reading = Reading([*train, *out], marks, sources=[{"path": "groups", "format": None, "rows": marks, "kept": marks}])
-    return Data(method, train, out, [(reading, options)])
+    if not out:
+        what = "too few prompts, or too few answers that are not compared with each other, for 5 % of them"
+        log.warning(f"nothing is held out: {what}; held-out data of your own can be named (eval_data)")
+    return train, out
+
+
+def _counted(groups: Sequence[Group]) -> Reading:
+    rows = 0
+    for group in groups:
+        marked = {i for mark in group.marks for i in mark.responses}
+        rows += len(group.marks) + len(group.responses) - len(marked)
+    source = {"path": "groups", "format": None, "rows": rows, "kept": rows, "dropped": {}}
+    return Reading(list(groups), rows, sources=[source])
 
 
 @dataclass
@@ -94,38 +103,76 @@ class Rendered:
     summary: dict[str, Any]
 
 
+@dataclass
+class _Part:
+    """Rows that are counted together, and what was found in them: while reading, then while rendering."""
+
+    name: str
+    reading: Reading
+    findings: list[Finding]
+
+    @property
+    def dropped(self) -> Counter[str]:
+        return self.reading.dropped + by_row(self.findings)
+
+    @property
+    def lost(self) -> list[Finding]:
+        return [*self.reading.findings, *self.findings]
+
+    def sources(self) -> list[dict[str, Any]]:
+        """What was read of each source, less what fell away since."""
+        alone = len(self.reading.sources) == 1
+        found: list[dict[str, Any]] = []
+        for source in self.reading.sources:
+            more = by_row([f for f in self.findings if alone or f.file == source["path"]])
+            dropped = Counter(source["dropped"]) + more
+            found.append({**source, "kept": source["kept"] - more.total(), "dropped": dict(dropped)})
+        return found
+
+
 def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long: TooLong, template: str | None) -> Rendered:
     """Renders both parts and refuses what is left of too little, before a model is loaded."""
-    parts = [
+    train, held = (
         render(groups, tokenizer, max_length=max_length, too_long=too_long, template=template)
         for groups in (data.train, data.held)
-    ]
-    findings = [f for part in parts for f in part.findings]
-    formats = {source["format"] for reading, _ in data.readings for source in reading.sources}
+    )
+    if len(data.readings) == 1:
+        parts = [_Part("", data.readings[0], [*train.findings, *held.findings])]
+    else:
+        found = (("training data", train), ("held-out data", held))
+        parts = [_Part(name, reading, [*b.findings]) for (name, b), reading in zip(found, data.readings, strict=True)]
+    formats = {source["format"] for reading in data.readings for source in reading.sources}
     if "hh" in formats and getattr(tokenizer, "chat_template", None) and template is None:
         log.info("the model has a chat template, and HH dialogues are read as text: data.format=hh_messages uses it")
-    rows = sum(reading.rows for reading, _ in data.readings)
-    lost = [f for reading, _ in data.readings for f in reading.findings] + findings
-    dropped = sum((reading.dropped for reading, _ in data.readings), Counter[str]()) + by_row(findings)
-    options = data.readings[0][1]
-    enforce(rows, dropped, lost, strict=options.strict, allow_drops=options.allow_drops)
-    say_drops(findings)
     method = methods.make(data.method, beta=1.0)
-    sizes = [{"groups": len(part.groups), "examples": len(method.examples(part.groups))} for part in parts]
-    if not sizes[0]["examples"]:
-        why = tally(dropped, lost) or "all of them are ties without a better answer, or have weight 0"
-        raise Refusal(f"no example is left to train on: {why}", code="nothing_kept", key="data")
+    sizes = [{"groups": len(part.groups), "examples": len(method.examples(part.groups))} for part in (train, held)]
+    for part, size in zip(parts, sizes, strict=False):
+        _check(part, data.options, examples=size["examples"])
+    dropped = sum((part.dropped for part in parts), Counter[str]())
+    rows = sum(reading.rows for reading in data.readings)
     summary = {
         "rows": rows,
         "kept": rows - dropped.total(),
         "dropped": dict(dropped),
         "groups": sum(size["groups"] for size in sizes),
-        "findings": [asdict(f) for f in lost],
-        "sources": [source for reading, _ in data.readings for source in reading.sources],
+        "findings": [asdict(f) for part in parts for f in part.lost],
+        "sources": [source for part in parts for source in part.sources()],
         "train": sizes[0],
         "eval": sizes[1],
     }
-    return Rendered(parts[0], parts[1], summary)
+    return Rendered(train, held, summary)
+
+
+def _check(part: _Part, options: DataOptions, *, examples: int) -> None:
+    """Refuses a part of which too much is gone, or that leaves nothing to train on or to measure."""
+    dropped, lost = part.dropped, part.lost
+    strict, allow_drops = options.strict, options.allow_drops
+    enforce(part.reading.rows, dropped, lost, strict=strict, allow_drops=allow_drops, part=part.name)
+    say_drops(part.findings, part.name)
+    if not examples:
+        why = tally(dropped, lost) or "all of them are ties without a better answer, or have weight 0"
+        what = f"no example is left in the {part.name or 'training data'}: {why}"
+        raise Refusal(what, code="nothing_kept", key="eval_data" if part.name == "held-out data" else "data")
 
 
 def by_row(findings: Sequence[Finding]) -> Counter[str]:
@@ -136,6 +183,7 @@ def by_row(findings: Sequence[Finding]) -> Counter[str]:
     return Counter(first.values())
 
 
-def say_drops(findings: Sequence[Finding]) -> None:
+def say_drops(findings: Sequence[Finding], part: str = "") -> None:
     if findings:
-        log.warning(f"{by_row(findings).total():,} more rows dropped: {tally(by_row(findings), findings)}")
+        more = f"{by_row(findings).total():,} more rows" + (f" of the {part}" if part else "")
+        log.warning(f"{more} dropped: {tally(by_row(findings), findings)}")

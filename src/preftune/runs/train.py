@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal as signals
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from preftune import methods, report
 from preftune.config import TrainKeys, build, dump
-from preftune.errors import Refusal
+from preftune.data.template import apply_template
+from preftune.errors import Interrupted, Refusal
 from preftune.models.inspect import check_vocabulary, facts, resolve
 from preftune.records import Group
 from preftune.runs import folder as files
@@ -22,12 +24,13 @@ from preftune.training import trackers
 
 if TYPE_CHECKING:
     from preftune.runs.trainer import Progress, Run
+    from preftune.training.signals import Stop
 
 log = logging.getLogger("preftune")
 
 
-def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | None:
-    """The run of a resolved config; None after a dry run.
+def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | dict[str, Any]:
+    """The run of a resolved config; of a dry run its plan.
 
     Raises:
         Refusal: anything that can be known to be wrong, before a model is loaded and before a folder is made.
@@ -40,6 +43,7 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | None:
     if known.adapter and keys.adapter.type != "none":
         line = "the model is an adapter already, and training goes on with it: leave adapter away"
         raise Refusal(line, code="two_adapters", key="adapter")
+    _check_merge(keys, adapted=known.adapter)
     trackers.check(keys.train.trackers)
     files.choose_out(keys.out, "run", overwrite=keys.overwrite)
     data = read_data(keys.data.sources, keys.data, keys.eval_data, keys.method.name)
@@ -48,17 +52,29 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | None:
     # from here on torch and transformers are needed
     import torch
 
-    from preftune.models.load import device, load_model, load_tokenizer, longest, positions_of
+    from preftune.models.load import (
+        check_same_vocabulary,
+        check_tokenizer,
+        device,
+        load_model,
+        load_tokenizer,
+        longest,
+        positions_of,
+    )
+    from preftune.training.memory import keep_freed_memory
     from preftune.training.precision import DTYPES, default_dtype
 
+    keep_freed_memory()
     trust = keys.trust_remote_code
     tokenizer = load_tokenizer(model_ref, trust_remote_code=trust)
+    apply_template(tokenizer, keys.data.template, [*data.train, *data.held])
+    if reference_ref and not Path(reference_ref).is_dir():  # of a folder the files told it already
+        check_same_vocabulary(tokenizer, load_tokenizer(reference_ref, key="reference", trust_remote_code=trust))
     limit = longest(keys.max_length, positions_of(model_ref, trust_remote_code=trust))
     rendered = _rendered(data, tokenizer, keys, limit)
     keys = _resolved(keys, data.method, out, limit, adapter=known.adapter or keys.adapter.type != "none")
     if keys.dry_run:
-        preview.show(keys, rendered, tokenizer)
-        return None
+        return preview.show(keys, rendered, tokenizer)
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(device())
     load = partial(load_model, dtype=dtype, trust_remote_code=trust)
     sources = References(
@@ -67,6 +83,7 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | None:
     # weights that train are loaded in float32; under an adapter the frozen ones stay in the compute precision
     frozen = known.adapter or keys.adapter.type != "none"
     model = load(model_ref) if frozen else load(model_ref, dtype=torch.float32)
+    check_tokenizer(model, tokenizer)
     return _go(model, tokenizer, rendered, data.method, keys, sources, out, model_ref, progress)
 
 
@@ -108,18 +125,49 @@ def fit(
     from preftune.models.adapters import is_adapter
     from preftune.models.load import check_tokenizer, longest, max_positions
 
+    _check_fit_keys(keys, adapted=is_adapter(model))
     options = build(TrainKeys, {"model": str(getattr(model, "name_or_path", "")), "data": {}, **keys})
+    _check_merge(options, adapted=is_adapter(model))
     check_tokenizer(model, tokenizer, reference)
     trackers.check(options.train.trackers)
     name = methods.choose(methods.check_name(method), list(groups))
     folder = files.choose_out(str(out), name, overwrite=options.overwrite) if out is not None else None
     data = from_groups(groups, eval_groups, name, options.data)
+    apply_template(tokenizer, options.data.template, [*data.train, *data.held])
     limit = longest(options.max_length, max_positions(model))
     rendered = _rendered(data, tokenizer, options, limit)
     adapter = is_adapter(model) or options.adapter.type != "none"
     options = _resolved(options, name, folder, limit, adapter=adapter)
     sources = References(other=None if reference is None else lambda: reference, again=None)
     return _go(model, tokenizer, rendered, name, options, sources, folder, options.model, progress)
+
+
+def _check_merge(keys: TrainKeys, *, adapted: bool) -> None:
+    if keys.adapter.merge and keys.adapter.type == "none" and not adapted:
+        line = "there is no adapter to merge: adapter=lora trains one"
+        raise Refusal(line, code="no_adapter", key="adapter.merge")
+
+
+# keys of a run that stand in fit's own arguments, or that belong to files and loading
+_NOT_IN_FIT = {
+    "model": "the model is the first argument",
+    "eval_data": "held-out groups are eval_groups",
+    "dry_run": "preftune train has it",
+    "trust_remote_code": "the model is loaded already",
+}
+
+
+def _check_fit_keys(keys: dict[str, Any], *, adapted: bool) -> None:
+    """Refuses keys that `fit` would not read."""
+    for key, why in _NOT_IN_FIT.items():
+        if key in keys:
+            raise Refusal(f"fit does not take it: {why}", code="not_in_fit", key=key)
+    data = keys.get("data")
+    if data is not None and (not isinstance(data, dict) or "sources" in data):
+        raise Refusal("fit takes no sources: preftune.read(...) gives its groups", code="not_in_fit", key="data.sources")
+    if adapted and "adapter" in keys:
+        line = "the model is an adapter already, and training goes on with it: leave adapter away"
+        raise Refusal(line, code="two_adapters", key="adapter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +189,31 @@ def _go(
     model_ref: str,
     progress: Progress | None,
 ) -> Run:
-    """The part that computes: adapter, precision, the run, its folder."""
+    """The part that computes, with its folder; a signal stops it where everything that was computed is saved."""
+    from preftune.training.signals import stoppable
+
+    with stoppable() as stop:
+        result = _compute(model, tokenizer, rendered, method, keys, sources, out, model_ref, progress, stop)
+    if stop.signal is not None:  # it came while the end was being written, and that was brought to its end
+        done = f"; the run is complete in {out}" if out else ""
+        name = signals.Signals(stop.signal).name
+        raise Interrupted(f"stopped by {name} after the last step{done}", signal_number=stop.signal)
+    return result
+
+
+def _compute(
+    model: Any,
+    tokenizer: Any,
+    rendered: Rendered,
+    method: str,
+    keys: TrainKeys,
+    sources: References,
+    out: Path | None,
+    model_ref: str,
+    progress: Progress | None,
+    stop: Stop,
+) -> Run:
+    """Adapter, precision, the run, its folder."""
     from preftune.models.adapters import adapter_dropout_on, add_lora, is_adapter, merged, trainable_adapter
     from preftune.models.load import save_model
     from preftune.runs.trainer import Job, run
@@ -173,7 +245,7 @@ def _go(
     started = time.time()
     environment = _open_folder(out, keys, rendered, model_ref, str(model.device)) if out else {}
     try:
-        result = run(job)
+        result = run(job, stop)
     finally:
         model.eval()  # the adapter's dropout off again
     if out is not None:
@@ -186,7 +258,7 @@ def _go(
 
 def _open_folder(out: Path, keys: TrainKeys, rendered: Rendered, model_ref: str, device: str) -> dict[str, Any]:
     """What can be written before the first step; gives the environment back, which the end adds to."""
-    files.make(out)
+    files.make(out, overwrite=keys.overwrite)
     files.write_text(out / "config.yaml", dump(keys))
     files.write_json(out / "data.json", rendered.summary)
     data_files = [source["path"] for source in rendered.summary["sources"]]
@@ -197,14 +269,22 @@ def _open_folder(out: Path, keys: TrainKeys, rendered: Rendered, model_ref: str,
 
 def _close_folder(out: Path, result: Run, environment: dict[str, Any]) -> None:
     """The figures and the report; the weights are saved by then."""
-    files.write_json(out / "evaluation.json", {"before": result.before, "after": result.after})
+    kept = {"kept_step": result.kept_step}
+    files.write_json(out / "evaluation.json", {"before": result.before, "after": result.after, **kept})
     files.write_lines(out / "samples.jsonl", result.samples)
     files.write_json(out / "environment.json", environment)
     report.write(out)
 
 
 def _rendered(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) -> Rendered:
-    return render_data(data, tokenizer, max_length=limit, too_long=keys.data.too_long, template=keys.data.template)
+    too_long, template = keys.data.too_long, keys.data.template
+    rendered = render_data(data, tokenizer, max_length=limit, too_long=too_long, template=template)
+    counts = rendered.summary
+    log.info(
+        f"{counts['kept']:,} of {counts['rows']:,} rows used: {counts['train']['examples']:,} examples to train on, "
+        f"{counts['eval']['examples']:,} held out"
+    )
+    return rendered
 
 
 def _resolved(keys: TrainKeys, method: str, out: Path | None, limit: int | None, *, adapter: bool) -> TrainKeys:

@@ -21,21 +21,22 @@ from torch import Tensor
 
 from preftune.config import TrainKeys
 from preftune.data.render import Batch, render_prompts
-from preftune.errors import Interrupted
-from preftune.evaluation.held_out import held_out, method_metrics, needed_rows
+from preftune.errors import Interrupted, RunFailed
+from preftune.evaluation.evaluate import counted
+from preftune.evaluation.held_out import held_out, method_metrics, needed_rows, right_order
 from preftune.evaluation.intervals import mean_interval
 from preftune.evaluation.kl import kl_per_response
-from preftune.generation.sample import Sample, Sampling, sample
+from preftune.generation.sample import Sample, Sampling, sample, with_room
 from preftune.methods.pairs import comparisons
 from preftune.models.adapters import adapter_off
-from preftune.models.load import max_positions, save_model
+from preftune.models.load import save_model
 from preftune.records import Group
 from preftune.scoring.score import score_logp
 from preftune.scoring.selfcheck import check_start
 from preftune.training import trackers
 from preftune.training.method import Method
 from preftune.training.precision import Weights, in_precision
-from preftune.training.signals import Stop, stoppable
+from preftune.training.signals import Stop
 from preftune.training.steps import Plan, plan, steps
 
 log = logging.getLogger("preftune")
@@ -55,6 +56,7 @@ class Run:
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    kept_step: int | None = None  # whose weights the model has: the last step's, or those of the best evaluation
     out: Path | None = None
 
 
@@ -80,11 +82,15 @@ class Job:
     progress: Progress = lambda phase, done, total, line: None
 
 
-def run(job: Job) -> Run:
+def run(job: Job, stop: Stop) -> Run:
     """Trains `job.model` in place and returns what was measured.
 
+    Args:
+        job: what the run is made of.
+        stop: asked after every pass, so that a signal is answered within one.
+
     Raises:
-        RunFailed: the first invariant does not hold, or a step is not finite.
+        RunFailed: the first invariant does not hold, or a step is not finite; what was trained is in checkpoints/.
         Interrupted: after Ctrl-C or SIGTERM, with the weights in checkpoints/.
     """
     keys = job.keys
@@ -92,13 +98,13 @@ def run(job: Job) -> Run:
     the_plan = _plan(job)
     result = Run(job.model, job.method.name, out=job.out)
     rows = needed_rows(job.held, job.method)
-    with stoppable() as stop, _open_metrics(job) as sink, _seeded(keys.seed):
+    with _open_metrics(job) as sink, _seeded(keys.seed):
         try:
             reference, held_reference = _references(job, weights, the_plan, rows, stop)
             start = _scored(job, weights.compute, job.held, rows, "evaluate", stop)
             result.before = _figures(job, start, held_reference)
             prompts = _sample_prompts(job)
-            answers = _answers(job, weights, prompts)
+            answers = _answers(job, weights, prompts, stop)
             best = _Best(weights, job)
             for line in steps(weights, job.train, job.method, the_plan, reference):
                 number = line["step"]
@@ -112,22 +118,30 @@ def run(job: Job) -> Run:
                 if keys.train.save_every and number % keys.train.save_every == 0:
                     _checkpoint(job, weights, number)
                 _stop_here(stop)
-            best.restore()
+            result.kept_step = best.restore() or len(the_plan)
             final = _scored(job, weights.compute, job.held, rows, "evaluate", stop)
             result.after = _figures(job, final, held_reference)
-            later = _answers(job, weights, prompts)
-            result.after |= _kl(job, weights, later)
+            later = _answers(job, weights, prompts, stop)
+            result.after |= _kl(job, weights, later, stop)
             result.samples = _side_by_side(job, prompts, answers, later)
         except (_Stopped, KeyboardInterrupt) as stopped:
             number = stop.signal or signals.SIGINT
             done = len(result.metrics)
-            where = _checkpoint(job, weights, done) if job.out else None
-            log.warning(f"stopped after step {done} of {len(the_plan)}")
-            hint = f"; the weights are in {where}" if where else ""
             raise Interrupted(
-                f"stopped by {signals.Signals(number).name} after step {done}{hint}", signal_number=number
+                f"stopped by {signals.Signals(number).name} after step {done} of {len(the_plan)}"
+                f"{_saved_at(job, weights, done)}",
+                signal_number=number,
             ) from stopped
+        except RunFailed as failed:  # nothing that was computed is lost
+            if result.metrics:
+                failed.message += _saved_at(job, weights, len(result.metrics))
+            raise
     return result
+
+
+def _saved_at(job: Job, weights: Weights, step: int) -> str:
+    """Saves where there is a folder, and says where."""
+    return f"; the weights are in {_checkpoint(job, weights, step)}" if job.out else ""
 
 
 @contextlib.contextmanager
@@ -191,16 +205,19 @@ def _references(
 
 
 def _scored(job: Job, model: Any, batch: Batch, rows: list[int], phase: str, stop: Stop) -> Tensor:
-    done = 0
+    budget = job.keys.train.tokens_per_microbatch
+    return score_logp(model, batch, rows, tokens_per_microbatch=budget, progress=_counted(job, phase, len(rows), stop))
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        job.progress(phase, done, len(rows), {})
+
+def _counted(job: Job, phase: str, total: int, stop: Stop) -> Callable[[int], None]:
+    """A function that is told how many more are done; a run that was asked to stop does so there."""
+    advance = counted(job.progress, phase, total)
+
+    def advance_or_stop(count: int) -> None:
+        advance(count)
         _stop_here(stop)
 
-    budget = job.keys.train.tokens_per_microbatch
-    return score_logp(model, batch, rows, tokens_per_microbatch=budget, progress=advance)
+    return advance_or_stop
 
 
 def _figures(job: Job, policy: Tensor, reference: Tensor | None) -> dict[str, Any]:
@@ -210,8 +227,8 @@ def _figures(job: Job, policy: Tensor, reference: Tensor | None) -> dict[str, An
 
 def _held_line(job: Job, policy: Tensor, reference: Tensor | None) -> dict[str, float]:
     line = method_metrics(job.held, job.method, policy, reference)
-    accuracy = _figures(job, policy, reference)["logp_accuracy"]
-    return line | ({"logp_accuracy": accuracy} if accuracy is not None else {})
+    right = right_order(job.held, policy)
+    return line | ({"logp_accuracy": float(right.nanmean())} if bool((~right.isnan()).any()) else {})
 
 
 class _Best:
@@ -230,13 +247,15 @@ class _Best:
             save_model(self.weights.compute, self.job.tokenizer, self.job.out / "checkpoints" / "best")
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore(self) -> int | None:
+        """Puts the kept weights back, and says of which step they are; None where none were kept."""
         if not self.kept:
-            return
+            return None
         for master, kept in zip(self.weights.masters, self.kept, strict=True):
             master.copy_(kept)
         self.weights.refresh()
         log.info(f"kept: the weights of step {self.step}, with the lowest held-out loss ({self.loss:.4f})")
+        return self.step
 
 
 # -- answers before and after ---------------------------------------------------------------------------------------------
@@ -245,18 +264,14 @@ class _Best:
 def _sample_prompts(job: Job) -> tuple[list[Group], list[tuple[int, ...]]]:
     groups = list(job.held.groups or job.train.groups)[:SAMPLES]
     ids = render_prompts(groups, job.tokenizer, template=job.keys.data.template)
-    limit = max_positions(job.model)
-    short = [n for n, prompt in enumerate(ids) if limit is None or len(prompt) + 16 <= limit]
-    return [groups[n] for n in short], [ids[n] for n in short]
+    fitting = with_room(job.model, ids)
+    return [groups[n] for n in fitting], [ids[n] for n in fitting]
 
 
-def _answers(job: Job, weights: Weights, prompts: tuple[list[Group], list[tuple[int, ...]]]) -> list[Sample]:
-    if not prompts[1]:
-        return []
-    limit = max_positions(job.model)
-    room = NEW_TOKENS if limit is None else min(NEW_TOKENS, limit - max(map(len, prompts[1])))
-    how = Sampling(max_new_tokens=room, seed=job.keys.seed)
-    return sample(weights.compute, job.tokenizer, prompts[1], how, progress=lambda n: job.progress("sample", n, n, {}))
+def _answers(job: Job, weights: Weights, prompts: tuple[list[Group], list[tuple[int, ...]]], stop: Stop) -> list[Sample]:
+    how = Sampling(max_new_tokens=NEW_TOKENS, seed=job.keys.seed)
+    advance = _counted(job, "sample", len(prompts[1]), stop)
+    return sample(weights.compute, job.tokenizer, prompts[1], how, progress=advance)
 
 
 def _side_by_side(
@@ -277,14 +292,15 @@ def _side_by_side(
     return lines
 
 
-def _kl(job: Job, weights: Weights, samples: list[Sample]) -> dict[str, Any]:
+def _kl(job: Job, weights: Weights, samples: list[Sample], stop: Stop) -> dict[str, Any]:
     """KL of the trained policy from its reference, on the answers it just gave; nothing where the reference is gone."""
     off = job.new_adapter and job.load_reference is None  # the base under the adapter is the reference
     load = job.load_reference or job.load_start
     if not samples or not job.method.needs_reference or (not off and load is None):
         return {}
     reference = None if off or load is None else load()
-    values = kl_per_response(weights.compute, reference, samples, without_adapter=off)
+    advance = _counted(job, "kl", len(samples), stop)
+    values = kl_per_response(weights.compute, reference, samples, without_adapter=off, progress=advance)
     found = mean_interval(values, range(len(values)), seed=job.keys.seed)
     assert found is not None
     return {"kl": found[0], "kl_samples": len(values), "kl_interval": found[1]}
@@ -300,14 +316,16 @@ def _open_metrics(job: Job) -> Generator[Callable[[dict[str, Any]], None]]:
         yield lambda line: None
         return
     open_trackers = trackers.start(job.keys.train.trackers, job.out)
-    with (job.out / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        yield lambda line: _write(line, file, open_trackers)
-    for tracker in open_trackers:
-        tracker.close()
+    try:
+        with (job.out / "metrics.jsonl").open("w", encoding="utf-8") as file:
+            yield lambda line: _write(line, file, open_trackers)
+    finally:
+        for tracker in open_trackers:
+            tracker.close()
 
 
 def _write(line: dict[str, Any], file: TextIO, open_trackers: list[trackers.TensorBoard]) -> None:
-    file.write(json.dumps(line) + "\n")
+    file.write(json.dumps(line, allow_nan=False) + "\n")
     file.flush()
     for tracker in open_trackers:
         tracker.log(line)

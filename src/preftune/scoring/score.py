@@ -17,6 +17,7 @@ from torch import Tensor
 from preftune.data.render import Batch, Rendered
 from preftune.errors import Refusal
 from preftune.scoring.plan import pack
+from preftune.scoring.selfcheck import check_finite
 
 Want = Literal["token_logp", "entropy"]
 
@@ -37,7 +38,13 @@ class Scores:
 
 
 def score(
-    model: Any, batch: Batch, *, head: str = "logp", want: Sequence[Want] = (), tokens_per_microbatch: int | None = None
+    model: Any,
+    batch: Batch,
+    *,
+    head: str = "logp",
+    want: Sequence[Want] = (),
+    tokens_per_microbatch: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Scores every response of a batch: logp(y | x) = sum over scored tokens t of log p(y_t | x, y_<t).
 
@@ -47,6 +54,7 @@ def score(
         head: `logp`, the language model's own.
         want: also `token_logp` and/or `entropy`, per scored token.
         tokens_per_microbatch: most padded tokens of one forward pass; None: from the size of the vocabulary.
+        progress: called with the number of responses just scored.
 
     Returns:
         Scores, in the order group, then response; with a graph where gradients are enabled.
@@ -70,6 +78,8 @@ def score(
         for rows in order:
             for row, values in zip(rows, _forward(model, [batch.sequences[r] for r in rows], want), strict=True):
                 tokens[row] = values
+            if progress:
+                progress(len(rows))
     in_order = [tokens[r] for r in range(len(batch.sequences))]
     token_logp = tuple(v["token_logp"] for v in in_order)
     return Scores(
@@ -88,7 +98,11 @@ def score_logp(
     tokens_per_microbatch: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """[len(batch)] logp of the asked rows without a graph, on the CPU; NaN where a row was not asked."""
+    """[len(batch)] logp of the asked rows without a graph, on the CPU; NaN where a row was not asked.
+
+    Raises:
+        RunFailed: a log-probability that is not finite.
+    """
     values = torch.full((len(batch),), float("nan"))
     rows = sorted(set(rows))
     with torch.no_grad(), evaluation_mode(model):
@@ -97,6 +111,7 @@ def score_logp(
             chosen = [rows[p] for p in places]
             scored = _forward(model, [batch.sequences[r] for r in chosen], ())
             values[chosen] = torch.stack([v["token_logp"].sum() for v in scored]).cpu()
+            check_finite(values[chosen], batch, chosen)
             if progress:
                 progress(len(chosen))
     return values

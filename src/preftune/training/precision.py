@@ -59,12 +59,12 @@ class Weights:
 
 
 def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model itself where all its parameters have this precision, else a copy that has it."""
-    return model if _is(model, dtype) else cast_parameters(copy.deepcopy(model), dtype)
-
-
-def _is(model: nn.Module, dtype: torch.dtype) -> bool:
-    return all(p.dtype == dtype for p in model.parameters() if p.is_floating_point())
+    """The model itself where all its parameters have this precision, else a copy that has it. Frozen parameters that
+    have it already are shared, not copied: the base under an adapter."""
+    if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+        return model
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if p.dtype == dtype and not p.requires_grad}
+    return cast_parameters(copy.deepcopy(model, shared), dtype)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -60,6 +60,7 @@ def plan(
 ) -> Plan:
     """Groups are shuffled by (seed, epoch), marks within a group too; a group's marks follow each other and may go on
     in the next step; the last batch of an epoch may be smaller."""
+    assert examples, "nothing to train on is refused before"
     total = count_steps(len(examples), batch_size=batch_size, epochs=epochs, steps=steps)
     batches: list[tuple[int, tuple[Example, ...]]] = []
     epoch = 0

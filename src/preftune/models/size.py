@@ -1,0 +1,38 @@
+"""How many parameters a run holds and trains, counted on the model's structure: no weights are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from preftune.models.adapters import add_lora, trainable_adapter
+from preftune.models.inspect import facts, resolve
+from preftune.models.load import _base, _quiet
+from preftune.models.options import AdapterOptions
+
+
+def count_parameters(ref: str, adapter: AdapterOptions, *, trust_remote_code: bool = False) -> tuple[int, int]:
+    """(all, trained) parameters of a run on this model, with the adapter that it is given or is.
+
+    Raises:
+        Refusal: no layer has the names that the adapter is asked for.
+        Exception: whatever a model raises that cannot be built without its weights.
+    """
+    path = resolve(ref, "model")
+    adapted = facts(path, "model").adapter
+    base = _base(path) if adapted else path
+    with _quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        if adapted:
+            from peft import PeftConfig, get_peft_model
+
+            settings = PeftConfig.from_pretrained(path)
+            settings.inference_mode = False
+            model = trainable_adapter(get_peft_model(model, settings, autocast_adapter_dtype=False))
+        elif adapter.type != "none":
+            model = add_lora(model, adapter, seed=0)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
