@@ -295,3 +295,13 @@ def test_a_vocabulary_padded_further_is_the_same_vocabulary(model: Any, tokenize
     with pytest.raises(Refusal) as refused:
         preftune.evaluate(model, tokenizer, tiny.pairs(4), reference=other)
     assert (refused.value.code, refused.value.key) == ("vocabulary_mismatch", "reference")
+
+
+def test_rows_that_are_too_long_are_said_and_more_than_half_refused(
+    model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    short, long = tiny.pairs(3), tiny.pair("Q: ", "word " * 30, "no", row=9)
+    found = preftune.evaluate(model, tokenizer, [*short, long])
+    assert found["comparisons"] == 3 and "1 more rows dropped: too_long 1 (row 9)" in caplog.text
+    with pytest.raises(Refusal, match="2 of 3 rows were dropped"):
+        preftune.evaluate(model, tokenizer, [short[0], long, tiny.pair("R: ", "word " * 30, "no", row=10)])

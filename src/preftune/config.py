@@ -78,7 +78,7 @@ class TrainKeys(WithModel):
     train: TrainOptions = Field(default=TrainOptions(), description="How training goes: the keys below.")
     out: Place | None = Field(default=None, description="Run folder; default runs/<method>-<date>-<n>.")
     overwrite: bool = Field(default=False, description="Move a run that is there to .old-1 instead of refusing.")
-    dry_run: bool = Field(default=False, description="Resolve, check, show three rendered rows, stop.")
+    dry_run: bool = Field(default=False, description="Resolve, check, estimate memory, show three rendered rows, stop.")
 
 
 class EvaluateKeys(WithModel):

@@ -53,10 +53,9 @@ def open_data(
     check_vocabulary(facts(refs[0], "model"), facts(refs[1], "reference") if refs[1] else None)
     reading = load_said(options.sources, options)
     check(reading.groups)
-    from preftune.data.read import enforce
+    from preftune.data.read import by_row, enforce, say_drops
     from preftune.data.render import render
     from preftune.models.load import check_same_vocabulary, load_tokenizer, longest, positions_of
-    from preftune.runs.prepare import by_row, say_drops
 
     trust = keys.trust_remote_code
     tokenizer = load_tokenizer(refs[0], trust_remote_code=trust)

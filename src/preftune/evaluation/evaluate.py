@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from preftune import methods
+from preftune.data.read import by_row, enforce, say_drops
 from preftune.data.render import Batch, TooLong, render, render_prompts
 from preftune.errors import Refusal
 from preftune.evaluation.held_out import held_out, needed_rows
@@ -67,6 +68,9 @@ def evaluate(
     else:
         limit = longest(max_length, max_positions(model))
         batch = render(groups, tokenizer, max_length=limit, too_long=too_long, template=template)
+        judged = sum(len(g.marks) for g in groups)
+        enforce(judged, by_row(batch.findings), batch.findings, strict=False, allow_drops=False)
+        say_drops(batch.findings)
     name = methods.choose(methods.check_name(method) if method else None, list(batch.groups))
     chosen = methods.make(name, beta=beta)
     rows = needed_rows(batch, chosen)

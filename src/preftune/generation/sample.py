@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -74,8 +74,8 @@ def sample(
         torch.manual_seed(sampling.seed)
         while jobs:
             count = max(1, _TOKENS // ((len(prompts[jobs[0][0]]) + sampling.max_new_tokens) * sampling.beams))
-            how = replace(sampling, max_new_tokens=room[jobs[0][0]])
-            rows = list(takewhile(lambda job: room[job[0]] == how.max_new_tokens, jobs[:count]))
+            new, alike = next(groupby(jobs[:count], key=lambda job: room[job[0]]))
+            rows, how = list(alike), replace(sampling, max_new_tokens=new)
             jobs = jobs[len(rows) :]
             for job, ids in zip(rows, _generate(model, [prompts[p] for p, _ in rows], how, ends, streamer), strict=True):
                 finish = "stop" if ids and ids[-1] in ends else "length"

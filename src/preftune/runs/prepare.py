@@ -10,7 +10,7 @@ from typing import Any
 
 from preftune import methods
 from preftune.data.options import DataOptions
-from preftune.data.read import Reading, enforce, load, tally
+from preftune.data.read import Reading, by_row, enforce, load, say_drops, tally
 from preftune.data.render import Batch, TooLong, render
 from preftune.data.split import split
 from preftune.data.template import read_template
@@ -173,17 +173,3 @@ def _check(part: _Part, options: DataOptions, *, examples: int) -> None:
         why = tally(dropped, lost) or "all of them are ties without a better answer, or have weight 0"
         what = f"no example is left in the {part.name or 'training data'}: {why}"
         raise Refusal(what, code="nothing_kept", key="eval_data" if part.name == "held-out data" else "data")
-
-
-def by_row(findings: Sequence[Finding]) -> Counter[str]:
-    """How many rows fell away, by code: a row with several findings counts once, a mark without a row for itself."""
-    first: dict[tuple[str, int | None, int], str] = {}
-    for n, finding in enumerate(findings):
-        first.setdefault((finding.file, finding.row, n if finding.row is None else 0), finding.code)
-    return Counter(first.values())
-
-
-def say_drops(findings: Sequence[Finding], part: str = "") -> None:
-    if findings:
-        more = f"{by_row(findings).total():,} more rows" + (f" of the {part}" if part else "")
-        log.warning(f"{more} dropped: {tally(by_row(findings), findings)}")
