@@ -387,7 +387,7 @@ def test_demo_frontier() -> None:
     several, one = curves.reward_kl(demo(3)), curves.reward_kl(demo(1))
     assert several and one
     assert several.traces[0].points == [(0.0, 0.02), (0.9, 0.35), (2.7, 0.86), (5.13, 1.24)]
-    assert several.traces[0].joined and not one.traces[0].joined
+    assert not several.traces[0].joined, "runs of their own: a line would claim what lies between"
     assert "base" in svg.draw(one) and "β 0.05" in svg.draw(one)
     no_kl = demo(1)
     no_kl["runs"][0]["kl"] = None  # absent rather than approximated: then no point
@@ -541,3 +541,14 @@ def test_the_verdict_of_sft_is_its_loss_and_of_ties_not_one_of_tokens() -> None:
     assert "5 held-out comparisons" in told and "per token" not in told
     (row,) = [row for row in tables.held_out({"before": ties, "after": ties}) if row.label == "Loss"]
     assert row.unit == "mean over comparisons"
+
+
+def test_a_demo_of_several_betas_leads_to_the_page_of_each(tmp_path: Path) -> None:
+    """Its folder holds demo.json alone; curves, data and settings are in each beta's own folder, and nothing is missing."""
+    for betas, said in ((3, 0), (1, 4)):
+        (tmp_path / "demo.json").write_text(json.dumps(demo(betas)))
+        files = folder.read(tmp_path)
+        assert len(files.remarks) == said
+        page = render(files)
+        assert page.count('href="beta-') == (betas if betas > 1 else 0)
+    assert 'href="beta-0.05/report.html"' in render(folder.RunFiles(tmp_path, demo=demo(3)))

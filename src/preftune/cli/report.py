@@ -15,7 +15,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     if not words:
         raise Refusal("report takes runs: preftune report RUN ...", code="usage")
     for word in words:
-        if not (Path(word) / "config.yaml").is_file():
+        if not any((Path(word) / name).is_file() for name in ("config.yaml", "demo.json")):
             raise Refusal(f"{word} holds no run (no config.yaml)", code="no_run", key="RUN")
     from preftune import report
 

@@ -173,7 +173,8 @@ def plots(metrics: Sequence[Json]) -> list[Plot]:
 
 
 def reward_kl(demo: Json) -> Plot | None:
-    """Mean reward against KL from base (nats per response): base at 0, a point per beta, joined when several."""
+    """Mean reward against KL from base (nats per response): base at 0, a point per beta. Nothing joins them:
+    they are runs of their own, and a line would claim what lies between."""
     runs = [
         run for run in objects(demo.get("runs")) if number(run.get("kl")) is not None and number(run.get("reward")) is not None
     ]
@@ -189,7 +190,7 @@ def reward_kl(demo: Json) -> Plot | None:
         0,
         "dots",
         points if base is None else [(0.0, base), *points],
-        joined=len(runs) > 1,
+        joined=False,
         notes=(*(() if base is None else ("",)), *(f"β {plain(run.get('beta'))}" for run in runs)),
         spread=(*(() if base is None else (None,)), *(pair(run.get("kl_interval")) for run in runs)),
     )

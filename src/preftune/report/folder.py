@@ -21,8 +21,6 @@ WITHOUT = {
     "environment.json": "no versions, device or times",
     "config.yaml": "no settings",
 }
-# A demo run says these things in demo.json, so their absence is nothing to remark on.
-SAID_BY_DEMO = ("evaluation.json", "samples.jsonl")
 
 
 @dataclass(slots=True)
@@ -48,7 +46,7 @@ def read(run: Path) -> RunFiles:
         try:
             return parse((run / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            if name in WITHOUT and not (name in SAID_BY_DEMO and files.demo):
+            if name in WITHOUT and not _said_by_demo(name, files.demo):
                 files.remarks.append(f"{name} is missing: {WITHOUT[name]}.")
         except (OSError, ValueError) as error:
             files.remarks.append(f"{name} could not be read ({error}): {WITHOUT.get(name, 'it is left out')}.")
@@ -69,6 +67,12 @@ def read(run: Path) -> RunFiles:
     files.environment = take("environment.json", _json_object, {})
     files.config = take("config.yaml", str, "")
     return files
+
+
+def _said_by_demo(name: str, demo: Json) -> bool:
+    """Whether the absence of a file is nothing to remark on: demo.json holds a demo's figures and samples, and where it ran
+    several betas, each has a run folder of its own with all the rest."""
+    return bool(demo) and (name in ("evaluation.json", "samples.jsonl") or len(objects(demo.get("runs"))) > 1)
 
 
 def number(value: object) -> float | None:

@@ -119,11 +119,13 @@ def held_out_size(evaluation: Json) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DemoRow:
-    """One beta of a demo; each cell a figure and its interval or starting value."""
+    """One beta of a demo; each cell a figure and its interval or starting value. `page`: the run's own, where there are
+    several."""
 
     beta: str
     best: bool
     cells: list[tuple[str, str]]
+    page: str
 
 
 def demo_table(demo: Json) -> tuple[list[str], list[DemoRow]]:
@@ -138,7 +140,9 @@ def demo_table(demo: Json) -> tuple[list[str], list[DemoRow]]:
         cells.append((figure(run.get("reward")), _base(run.get("reward_base"))))
         cells.append((figure(run.get("kl")), interval(run.get("kl_interval"))))
         cells.append((figure(run.get("distinct_2")), _base(run.get("distinct_2_base"))))
-        rows.append(DemoRow(plain(run.get("beta")), len(runs) > 1 and run is best, cells))
+        beta = number(run.get("beta"))
+        page = f"beta-{beta:g}/report.html" if beta is not None and len(runs) > 1 else ""
+        rows.append(DemoRow(plain(run.get("beta")), len(runs) > 1 and run is best, cells, page))
     return columns, rows
 
 
