@@ -21,6 +21,7 @@ from preftune.data.render import Batch, render
 from preftune.errors import Interrupted, RunFailed
 from preftune.records import Group
 from preftune.scoring.score import score
+from preftune.scoring.scorer import Scorer
 from preftune.training.method import Example
 from preftune.training.options import TrainOptions
 from preftune.training.precision import Weights
@@ -55,7 +56,8 @@ def gradient(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     model.zero_grad()
     method = methods.make(name, beta=0.3)
-    line, _ = backward(Weights(model, torch.float32), batch, method, method.examples(batch.groups)[places], reference, budget)
+    weights = Weights(model, torch.float32)
+    line, _ = backward(Scorer(model), weights, batch, method, method.examples(batch.groups)[places], reference, budget)
     return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}, line
 
 

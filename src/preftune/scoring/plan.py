@@ -1,43 +1,86 @@
-"""How responses are cut into passes: a token budget, no pass over it unless a single item is."""
+"""How responses are cut into passes: a token budget, no pass over it unless a single item is; the same on every machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import heapq
+from collections.abc import Sequence
+
+from preftune.data.render import Rendered
+
+
+def shared_batches(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Items in passes of at most `budget` distinct tokens each, about equally large.
+
+    Args:
+        sequences: of the batch; those of one group begin with the same `start` tokens.
+        needs: for each item (an example, a response) the sequences that it needs, all of one group.
+        budget: tokens of one pass, a prompt counted once.
+
+    Returns:
+        Indices of items, the largest pass first; an item is never cut, and a group only where it alone is over the budget.
+    """
+    groups: dict[int, list[int]] = {}
+    for item, rows in enumerate(needs):
+        groups.setdefault(sequences[rows[0]].group, []).append(item)
+    pieces: list[tuple[int, list[int]]] = []  # (tokens, items of one group)
+    for items in groups.values():
+        start = sequences[needs[items[0]][0]].start
+        tokens, piece, inside = start, list[int](), set[int]()
+        for item in items:
+            more = sum(len(sequences[row].ids) - start for row in set(needs[item]) - inside)
+            if piece and tokens + more > budget:
+                pieces.append((tokens, piece))
+                tokens, piece, inside = start, [], set()
+                more = sum(len(sequences[row].ids) - start for row in set(needs[item]))
+            tokens += more
+            piece.append(item)
+            inside.update(needs[item])
+        pieces.append((tokens, piece))
+    pieces.sort(key=lambda piece: (-piece[0], piece[1]))
+    passes = -(-sum(tokens for tokens, _ in pieces) // budget)
+    while True:
+        bins = _balanced(pieces, passes)
+        if passes >= len(pieces) or max(tokens for tokens, _ in bins) <= budget:
+            return [items for _, items in sorted(bins, key=lambda full: (-full[0], full[1])) if items]
+        passes += 1
+
+
+def _balanced(pieces: Sequence[tuple[int, list[int]]], passes: int) -> list[tuple[int, list[int]]]:
+    """Each piece, largest first, into the pass with the fewest tokens."""
+    full: list[tuple[int, int, list[int]]] = [(0, n, []) for n in range(passes)]
+    for tokens, items in pieces:
+        load, n, inside = heapq.heappop(full)
+        heapq.heappush(full, (load + tokens, n, inside + items))
+    return [(load, items) for load, _, items in full]
+
+
+def padded_batches(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """The same for rows that stand padded beside each other: distinct rows times the longest is at most `budget`; items of
+    like length together, so that little is padded."""
+    longest = [max(len(sequences[row].ids) for row in rows) for rows in needs]
+    group = [sequences[rows[0]].group for rows in needs]
+    of_group: dict[int, int] = {}
+    for g, length in zip(group, longest, strict=True):
+        of_group[g] = max(of_group.get(g, 0), length)
+    batches: list[list[int]] = []
+    inside: set[int] = set()
+    for item in sorted(range(len(needs)), key=lambda n: (-of_group[group[n]], group[n], -longest[n], n)):
+        together = inside | set(needs[item])
+        if batches and len(together) * max(len(sequences[row].ids) for row in together) <= budget:
+            batches[-1].append(item)
+            inside = together
+        else:
+            batches.append([item])
+            inside = set(needs[item])
+    return batches
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in micro-batches whose padded size (count x longest) is at most `budget`; longest first, so the pass that
-    needs most memory comes first; deterministic."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    """Rows without anything in common, padded beside each other: count times the longest is at most `budget`."""
     batches: list[list[int]] = []
-    for i in order:
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
             batches[-1].append(i)
         else:
             batches.append([i])
-    return batches
-
-
-def pack_examples(examples: Sequence[Sequence[int]], lengths: Mapping[int, int], budget: int) -> list[list[int]]:
-    """The same for examples that need several responses each, where a response needed twice in a pass counts once.
-
-    Args:
-        examples: the responses (keys of `lengths`) that each example needs; neighbours that share responses stand
-            together already.
-        lengths: tokens of each response, by index.
-        budget: padded tokens of one pass.
-
-    Returns:
-        Indices of examples, in micro-batches; an example is never cut.
-    """
-    batches: list[list[int]] = []
-    inside: set[int] = set()
-    for n, needs in enumerate(examples):
-        together = inside | set(needs)
-        if batches and len(together) * max(lengths[i] for i in together) <= budget:
-            batches[-1].append(n)
-            inside = together
-        else:
-            batches.append([n])
-            inside = set(needs)
     return batches

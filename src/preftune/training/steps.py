@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from preftune.data.render import Batch
 from preftune.errors import RunFailed
-from preftune.scoring.plan import pack_examples
-from preftune.scoring.score import default_budget, score
+from preftune.scoring.score import passes
+from preftune.scoring.scorer import Scorer
 from preftune.training.memory import memory_gb
 from preftune.training.method import Example, Method, Scored
 from preftune.training.options import TrainOptions
@@ -106,11 +105,11 @@ def steps(
     """
     options = the_plan.options
     optimizer = torch.optim.AdamW(weights.masters, lr=the_plan.learning_rate, weight_decay=options.weight_decay, fused=True)
-    budget = options.tokens_per_microbatch or default_budget(weights.compute)
+    scorer = Scorer(weights.compute)
     for number, (epoch, examples) in enumerate(the_plan.batches, start=1):
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        line, tokens = backward(weights, batch, method, examples, reference_logp, budget)
+        line, tokens = backward(scorer, weights, batch, method, examples, reference_logp, options.tokens_per_microbatch)
         norm = gradient_norm(weights.masters)
         if not (math.isfinite(line["loss"]) and torch.isfinite(norm)):
             rows = dict.fromkeys(f"{e.origin.file} row {e.origin.row}" for e in examples if e.origin)
@@ -140,12 +139,13 @@ def steps(
 
 
 def backward(
+    scorer: Scorer,
     weights: Weights,
     batch: Batch,
     method: Method,
     examples: Sequence[Example],
     reference_logp: Tensor | None,
-    budget: int,
+    budget: int | None,
 ) -> tuple[dict[str, float], int]:
     """Accumulates the gradient of sum(weight * loss) / sum(weight) over the examples.
 
@@ -158,17 +158,15 @@ def backward(
     total = sum(method.weight(e, lengths[n * width : (n + 1) * width]) for n, e in enumerate(examples))
     sums: dict[str, list[Tensor]] = {}
     loss_sum, tokens = 0.0, 0
-    for places in _microbatches(examples, needs, batch, budget):
+    for places in passes(scorer, batch, needs, budget):
         rows = list(dict.fromkeys(i for p in places for i in needs[p]))
-        part = Batch(batch.groups, tuple(batch.sequences[i] for i in rows))
-        # one pass: the micro-batch is already within the budget
-        scores = score(weights.compute, part, tokens_per_microbatch=sys.maxsize)
+        scores = scorer([batch.sequences[i] for i in rows])
         device = scores.logp.device
         local = {row: n for n, row in enumerate(rows)}
         scored = Scored(
             policy_logp=scores.logp,
             reference_logp=None if reference_logp is None else reference_logp[rows].to(device),
-            length=scores.length,
+            length=torch.tensor(scores.lengths, dtype=torch.float32, device=device),
             index=torch.tensor([[local[i] for i in needs[p]] for p in places], device=device),
             preference=torch.tensor([examples[p].preference for p in places], device=device),
             weight=torch.tensor([examples[p].weight for p in places], device=device),
@@ -177,20 +175,8 @@ def backward(
         (loss.sum() / total).backward()
         weights.collect_gradients()
         loss_sum += float(loss.detach().sum())
-        tokens += sum(len(s.ids) for s in part.sequences)
+        tokens += scores.tokens
         for name, values in metrics.items():
             sums.setdefault(name, []).append(values)
     means = {name: float(torch.cat(parts).nanmean()) for name, parts in sums.items()}
     return {"loss": loss_sum / total, **{k: v for k, v in means.items() if not math.isnan(v)}}, tokens
-
-
-def _microbatches(examples: Sequence[Example], needs: list[list[int]], batch: Batch, budget: int) -> list[list[int]]:
-    """Examples cut into passes: groups of like length together so that little is padded, and inside a group likewise."""
-    lengths = {i: len(batch.sequences[i].ids) for row in needs for i in row}
-    own = [max(lengths[i] for i in row) for row in needs]
-    longest: dict[int, int] = {}
-    for n, example in enumerate(examples):
-        longest[example.group] = max(longest.get(example.group, 0), own[n])
-    order = sorted(range(len(examples)), key=lambda n: (-longest[examples[n].group], examples[n].group, -own[n], n))
-    packed = pack_examples([needs[n] for n in order], lengths, budget)
-    return [[order[p] for p in places] for places in packed]

@@ -1,0 +1,172 @@
+"""Attention over a token trie, as transformers' models call it.
+
+A model's attention implementation is replaced by one of the same name with `preftune_` before it. Given a trie as a keyword of
+the model's call it attends along the trie; without one it does exactly what the original does, so that generation and every
+other use of the model stay as they are. The trie travels as a keyword, never through a global or a module: with gradient
+checkpointing a layer runs again during the backward pass, and must find the trie of its own forward pass.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from preftune.scoring.trie import Trie
+
+KEYWORD = "preftune_trie"
+PREFIX = "preftune_"
+
+
+@dataclass(slots=True)
+class Layout:
+    """What attention needs of a trie, on the device: and the masks that it makes once for all layers.
+
+    lengths: of the nodes. paths: for each node its ancestors and itself. calls: (layer, window) of each call of attention, by
+    which a model that does not attend along the trie is found.
+    """
+
+    lengths: list[int]
+    paths: list[list[int]]
+    device: torch.device
+    calls: list[tuple[int | None, int | None]] = field(default_factory=list[tuple[int | None, int | None]])
+    _masks: dict[tuple[int, int, int | None], Tensor | None] = field(
+        default_factory=dict[tuple[int, int, int | None], "Tensor | None"]
+    )
+
+    @classmethod
+    def of(cls, trie: Trie, device: torch.device) -> Layout:
+        return cls([n.end - n.begin for n in trie.nodes], [trie.path(i) for i in range(len(trie.nodes))], device)
+
+    def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
+        """[queries, keys] True = visible, for a node's tokens at the end of its keys; None where all of them are."""
+        wanted = (queries, keys, window)
+        if wanted not in self._masks:
+            self._masks[wanted] = self._make_mask(*wanted)
+        return self._masks[wanted]
+
+    def _make_mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
+        if queries == 1 and (window is None or keys <= window):
+            return None
+        key = torch.arange(keys, device=self.device)
+        query = key[keys - queries :, None]
+        visible = key <= query
+        return visible if window is None else visible & (query - key < window)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scaling: float | None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """softmax(scaling * q k^T) v of every token over its ancestors and itself.
+
+    Args:
+        query: [1, heads, T, d]; key, value: [1, key-value heads, T, d].
+        sliding_window: a key is seen if it is fewer positions back. A token's ancestors are its positions, so this is exact.
+        softcap: scores become softcap * tanh(score / softcap).
+        s_aux: [heads] logits of sinks, which take part in the softmax and have no value.
+
+    Returns:
+        [1, T, heads, d]
+    """
+    layout.calls.append((getattr(module, "layer_idx", None), sliding_window))
+    # split once: the gradient of many slices of one tensor would be as many tensors of its whole size
+    queries, keys, values = (x.split(layout.lengths, dim=2) for x in (query, key, value))
+    plain = softcap is None and s_aux is None
+    outputs: list[Tensor] = []
+    for node, path in enumerate(layout.paths):
+        k, v = _join([keys[n] for n in path]), _join([values[n] for n in path])
+        q, first = queries[node], 0
+        if sliding_window is not None:  # keys that no token of this node sees
+            first = max(0, k.shape[2] - q.shape[2] - sliding_window + 1)
+            k, v = k[:, :, first:], v[:, :, first:]
+        wide = k.shape[2]
+        window = None if sliding_window is None or wide <= sliding_window else sliding_window
+        if plain:
+            causal = q.shape[2] == wide and wide > 1 and window is None
+            mask = None if causal else layout.mask(q.shape[2], wide, window)
+            out = scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            out = _eager(q, k, v, layout.mask(q.shape[2], wide, window), scaling, dropout, softcap, s_aux)
+        outputs.append(out)
+    return _join(outputs).transpose(1, 2)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """For what scaled-dot-product attention has no words: soft-capping and sinks; float32 softmax."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(-1, -1, scores.shape[2], 1).to(scores.dtype)
+        scores = torch.cat([scores, sinks], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+    if s_aux is not None:
+        weights = weights[..., :-1]
+    return torch.nn.functional.dropout(weights, dropout) @ v
+
+
+def forward(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **keywords: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The function that transformers calls in every attention layer."""
+    layout: Layout | None = keywords.pop(KEYWORD, None)
+    if layout is None:
+        return _original(module)(module, query, key, value, attention_mask, **keywords)
+    known = {name: keywords.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
+    return attend(module, query, key, value, layout, dropout=keywords.get("dropout") or 0.0, **known), None
+
+
+def _original(module: Any) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = module.config._attn_implementation.removeprefix(PREFIX)
+    if name == "eager":  # every modeling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def install(model: Any) -> str:
+    """Lets the model attend along tries; returns the name of the implementation that it had."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before: str = model.config._attn_implementation
+    if not before.startswith(PREFIX):
+        ALL_ATTENTION_FUNCTIONS.register(PREFIX + before, forward)
+        if before in ALL_MASK_ATTENTION_FUNCTIONS:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + before, ALL_MASK_ATTENTION_FUNCTIONS[before])
+        model.set_attn_implementation(PREFIX + before)
+    return before

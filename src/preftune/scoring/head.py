@@ -1,0 +1,175 @@
+"""From hidden states to log-probabilities of given tokens, without the logits of all positions at once.
+
+Whatever a model does after its backbone (bias, scale, soft-cap, an adapter on the head) is done by the model's own forward: it
+is called with a stand-in for the backbone that hands the hidden states through. Where that turns out to be one plain matrix
+product, which is asked and not assumed, a function of our own computes it and its gradient in blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+# float32 entries of logits held at once, in each of at most three tensors: 2^25 are 128 MiB
+BLOCK = 2**25
+
+Value = Literal["entropy", "top1"]
+
+
+class Head:
+    """The head of one model.
+
+    Args:
+        model: a causal language model of transformers; its adapters, if any, are inside its modules.
+    """
+
+    def __init__(self, model: Any) -> None:
+        body = backbone(model)
+        self.shell = _without(model, body) if body is not None else None
+        self.output: Any = model.get_output_embeddings()
+        self.plain = self._is_plain()
+
+    def logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """log p(target | hidden) of each row.
+
+        Args:
+            hidden: [N, D].
+            targets: [N] token ids.
+
+        Returns:
+            [N] nats, float32; the log-softmax is taken in float32 whatever the model's precision.
+        """
+        if self.plain:
+            return _LinearLogp.apply(hidden, self.output.weight, self.output.bias, targets)  # pyright: ignore
+        parts: list[Tensor] = []
+        rows = max(1, BLOCK // self.output.weight.shape[0])
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            graph = torch.is_grad_enabled()
+            parts.append(checkpoint(self._logp, h, t, use_reentrant=False) if graph else self._logp(h, t))  # pyright: ignore
+        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+    def values(self, hidden: Tensor, want: tuple[Value, ...]) -> dict[Value, Tensor]:
+        """[N] each, without a graph: `entropy` in nats; `top1`, the likeliest token."""
+        found: dict[Value, list[Tensor]] = {name: [] for name in want}
+        with torch.no_grad():
+            for h in hidden.split(max(1, BLOCK // self.output.weight.shape[0])):
+                log_p = torch.log_softmax(self.logits(h).float(), -1)
+                if "entropy" in found:
+                    found["entropy"].append(-(log_p.exp() * log_p).sum(-1))
+                if "top1" in found:
+                    found["top1"].append(log_p.argmax(-1))
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V], by the model's own forward. Of a model whose backbone cannot be told apart, `hidden` are its logits."""
+        return hidden if self.shell is None else self.shell(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+    def _logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(hidden).float()
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    def _is_plain(self) -> bool:
+        """Whether the model's own forward gives W h + b, on rows of sizes at which a cap or a scale would show."""
+        if self.shell is None or type(self.output) is not nn.Linear:
+            return False
+        weight = self.output.weight
+        with torch.no_grad():
+            sizes = torch.tensor([[0.1], [1.0], [30.0]], device=weight.device, dtype=weight.dtype)
+            ramp = torch.linspace(-1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
+            rows = sizes * ramp
+            return torch.equal(self.logits(rows), linear(rows, weight, self.output.bias))
+
+
+class _LinearLogp(Function):
+    """log softmax(W h + b)[target], one row per token. Saved for the backward pass: one float per row, not V.
+
+    d logp / d logits = onehot(target) - p, so with the gradient g [N] of logp and G = g * (onehot - p) [N, V]:
+    d h = G W, d W = G^T h, d b = sum(G).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        rows = max(1, BLOCK // weight.shape[0])
+        log_z: list[Tensor] = []
+        logp: list[Tensor] = []
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = linear(h, weight, bias).float()
+            log_z.append(logits.logsumexp(-1))
+            logp.append(logits.gather(-1, t[:, None]).squeeze(-1) - log_z[-1])
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(log_z))
+        return torch.cat(logp)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight, bias, targets, log_z = ctx.saved_tensors
+        for_hidden, for_weight, for_bias, _ = ctx.needs_input_grad
+        g = gradients[0][:, None].float()
+        # blocks of the vocabulary, each with all rows: a row of W then gets its whole gradient in one product
+        columns = max(1, BLOCK // max(1, len(hidden)))
+        whole = columns >= len(weight)
+        d_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if whole else torch.float32) if for_hidden else None
+        d_weight = torch.empty_like(weight) if for_weight else None
+        d_bias = torch.empty_like(bias) if for_bias else None
+        for first in range(0, len(weight), columns):
+            w, b = weight[first : first + columns], None if bias is None else bias[first : first + columns]
+            gradient = linear(hidden, w, b).float().sub_(log_z[:, None]).exp_().mul_(-g)
+            inside = (targets >= first) & (targets < first + columns)
+            places = inside.nonzero().flatten()
+            gradient[places, targets[places] - first] += g[places, 0]
+            if d_bias is not None:
+                d_bias[first : first + columns] = gradient.sum(0)
+            gradient = gradient.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden = gradient @ w if whole else d_hidden.add_(gradient @ w)
+            if d_weight is not None:
+                torch.mm(gradient.T, hidden, out=d_weight[first : first + columns])
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None
+
+
+class _Handed:
+    """What a backbone returns, as far as a head reads it: everything but the hidden states is absent."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return (self.last_hidden_state,)[place]
+
+
+class _HandThrough(nn.Module):
+    """A backbone that returns the embeddings it is given as hidden states; its own decoder, where a head asks for that."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Handed:
+        return _Handed(inputs_embeds)
+
+
+def backbone(model: Any) -> Any:
+    """The model without its head; None where there is no module that is that."""
+    candidates = (model.get_decoder(), *(getattr(model, name, None) for name in (model.base_model_prefix, "model")))
+    return next((m for m in candidates if m is not None and any(m is inner for inner in _inside(model))), None)
+
+
+def _inside(model: Any) -> list[nn.Module]:
+    return [inner for child in model.children() for inner in child.modules()]
+
+
+def _without(model: Any, body: nn.Module) -> Any:
+    """The model with its backbone replaced; all its other modules are the same objects."""
+    name = next(name for name, child in model.named_children() if any(inner is body for inner in child.modules()))
+    shell = copy.copy(model)
+    shell._modules = {**model._modules, name: _HandThrough()}
+    return shell

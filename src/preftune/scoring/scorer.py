@@ -1,0 +1,181 @@
+"""The scorer: a model's backbone over a token trie, and its head at the positions that predict scored tokens."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preftune.data.render import Rendered
+from preftune.scoring import attention
+from preftune.scoring.head import Head, Value, backbone
+from preftune.scoring.trie import SHORTEST, Trie, grow
+
+log = logging.getLogger("preftune")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Of R sequences: their scored tokens one after the other, N in all.
+
+    token_logp: [N] nats, float32. lengths: scored tokens of the sequences. tokens: that went through the model, padding left
+    out. values: what else was wanted, [N].
+    """
+
+    token_logp: Tensor
+    lengths: list[int]
+    tokens: int
+    values: dict[Value, Tensor]
+
+    @property
+    def logp(self) -> Tensor:
+        """[R] nats, summed over the scored tokens."""
+        return torch.stack([each.sum() for each in self.token_logp.split(self.lengths)])
+
+
+class Scorer(nn.Module):
+    """Backbone and head of one causal language model, run by one forward.
+
+    Args:
+        model: of transformers, or a peft model around one.
+        share: False gives every sequence its own copy of its prompt even where the model could share it.
+    """
+
+    def __init__(self, model: Any, *, share: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.head = Head(self.inner)
+        self.shares = share and cannot_share(self.inner) is None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.inner.parameters()).device
+
+    def forward(self, sequences: Sequence[Rendered], want: tuple[Value, ...] = ()) -> Scored:
+        """Scores the sequences in one pass; with a graph where gradients are enabled."""
+        if self.shares:
+            trie = grow([s.ids for s in sequences], SHORTEST)
+            hidden = along(self.inner, trie, self.device)
+            places = [trie.places(n) for n in range(len(sequences))]
+            tokens = len(trie.ids)
+        else:
+            width = max(len(s.ids) for s in sequences)
+            hidden = padded(self.inner, [s.ids for s in sequences], self.device)
+            places = [[n * width + i for i in range(len(s.ids))] for n, s in enumerate(sequences)]
+            tokens = sum(map(len, places))
+        scored = [_scored(s) for s in sequences]
+        # a token that several sequences share, with the same tokens before it, is predicted once
+        unique: dict[tuple[int, int], int] = {}
+        index: list[int] = []
+        for s, place, ours in zip(sequences, places, scored, strict=True):
+            index += [unique.setdefault((place[t - 1], s.ids[t]), len(unique)) for t in ours]
+        lengths = [len(ours) for ours in scored]
+        at, targets = (torch.tensor(column, device=self.device) for column in zip(*unique, strict=True))
+        states = hidden[at]
+        which = torch.tensor(index, device=self.device)
+        return Scored(
+            token_logp=self.head.logp(states, targets)[which],
+            lengths=lengths,
+            tokens=tokens,
+            values={name: v[which] for name, v in self.head.values(states, want).items()} if want else {},
+        )
+
+
+def _scored(sequence: Rendered) -> list[int]:
+    """The places of the scored tokens in their sequence."""
+    places = range(sequence.start, len(sequence.ids))
+    return list(places) if sequence.mask is None else [i for i, yes in zip(places, sequence.mask, strict=True) if yes]
+
+
+def along(model: Any, trie: Trie, device: torch.device, layout: attention.Layout | None = None) -> Tensor:
+    """[T, D] hidden states of the flat row of a trie."""
+    attention.install(model)
+    layout = layout or attention.Layout.of(trie, device)
+    return backbone(model)(
+        input_ids=torch.tensor([trie.ids], device=device),
+        position_ids=torch.tensor([trie.positions], device=device),
+        # four dimensions tell transformers that the mask is made already; attention reads the trie instead
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        use_cache=False,
+        **{attention.KEYWORD: layout},
+    ).last_hidden_state[0]
+
+
+def padded(model: Any, sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """[R * longest, D] hidden states of one row per sequence, padded at the end; [.., V] logits of a model without backbone."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=device)
+    real = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
+    body = backbone(model)
+    if body is None:
+        return model(input_ids=ids, attention_mask=real, use_cache=False).logits.flatten(0, 1)
+    return body(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def _layers(config: Any) -> list[str]:
+    """The kind of each layer."""
+    return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+
+
+# -- which models can share -------------------------------------------------------------------------------------------------
+
+_ASKED: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+
+
+def cannot_share(model: Any) -> str | None:
+    """Why a model cannot score a trie, or None where it can: asked once per model, on a trie of a few tokens.
+
+    A model that does not attend through transformers' interface, or drops the keyword on the way, would be wrong in silence.
+    So the calls of attention are counted, the windows they are given are compared with the config's, and the hidden states with
+    those of the sequences one by one.
+    """
+    if model not in _ASKED:
+        before = model.config._attn_implementation
+        _ASKED[model] = why = _ask(model)
+        if why:
+            model.set_attn_implementation(before)
+            log.warning(f"{type(model).__name__}: every response is scored with its own copy of the prompt: {why}")
+    return _ASKED[model]
+
+
+def _ask(model: Any) -> str | None:
+    if backbone(model) is None:
+        return "its backbone cannot be told from its head"
+    if not model._can_set_attn_implementation():
+        return "its attention does not go through transformers' interface"
+    kinds = _layers(model.config.get_text_config())
+    strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if strange:
+        return f"it has layers of {', '.join(strange)}"
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompt = [(7 * n + 3) % vocabulary for n in range(9)]
+    sequences = [(*prompt, *((5 * n + k) % vocabulary for n in range(4 + k))) for k in range(3)]
+    trie, device = grow(sequences, 1), next(model.parameters()).device
+    layout = attention.Layout.of(trie, device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            shared = along(model, trie, device, layout)
+            alone = [padded(model, [s], device) for s in sequences]
+    except Exception as error:  # whatever a model's own code says of a trie, it cannot be used
+        return f"its code does not take a trie ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    finally:
+        for module in training:
+            module.training = True
+    windows = dict(layout.calls)
+    if len(layout.calls) != len(kinds):
+        return f"{len(layout.calls)} of its {len(kinds)} attention layers read the trie"
+    for layer, kind in enumerate(kinds):
+        if kind == "sliding_attention" and windows.get(layer) is None:
+            return f"layer {layer} does not say its window"
+    together = [shared[trie.places(n)] for n in range(len(sequences))]
+    differs = max(float((a - b).norm() / b.norm()) for a, b in zip(together, alone, strict=True))
+    bound = 1e-4 if shared.dtype == torch.float32 else 5e-2
+    return None if differs <= bound else f"its hidden states along a trie differ by {differs:.2g} from those of plain sequences"

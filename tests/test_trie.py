@@ -1,0 +1,308 @@
+"""The token trie: values and gradients of every response by itself, on every kind of model, or a line that says why not."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import tiny
+import tolerances
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from preftune.data.render import Rendered
+from preftune.models.adapters import add_lora
+from preftune.models.options import AdapterOptions
+from preftune.scoring import attention, scorer
+from preftune.scoring.scorer import Scorer, cannot_share
+from preftune.scoring.trie import Node, grow
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+V, W = 120, 5
+SMALL: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WINDOWS = {"sliding_window": W, "layer_types": ["sliding_attention", "full_attention"] * 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {f"linear_{name}": n for name, n in (("num_key_heads", 2), ("num_value_heads", 4), ("key_head_dim", 8))}
+
+SHARING: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {**WINDOWS, "use_sliding_window": True},
+    "Qwen3": {"head_dim": 8},
+    "Mistral": {"sliding_window": W},
+    "Gemma2": {**WINDOWS, "head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "Gemma3Text": {**WINDOWS, "head_dim": 8},
+    "Phi3": {"sliding_window": W},
+    "SmolLM3": {},
+    "Olmo2": {},
+    "GPTNeoX": {},
+    "GptOss": {**WINDOWS, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Mixtral": {"sliding_window": W, "num_local_experts": 4},
+    "Cohere2": {**WINDOWS, "head_dim": 8, "logit_scale": 0.25},
+    "Granite": {"logits_scaling": 4.0},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+ALONE: dict[str, tuple[dict[str, Any], str]] = {
+    "Bloom": ({"n_layer": 2, "n_head": 4}, "does not go through transformers' interface"),
+    "Mamba": ({}, "layers of linear_attention"),
+    "Qwen3Next": (
+        {**EXPERTS, **LINEAR, "head_dim": 8, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 16}
+        | {"layer_types": ["linear_attention", "full_attention"] * 2},
+        "layers of linear_attention",
+    ),
+    "StableLm": ({}, "0 of its 4 attention layers read the trie"),
+    "Llama4Text": (
+        {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
+        "layers of chunked_attention",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _every_shared_token_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rows this short the shortest node worth its call would leave nothing to share."""
+    monkeypatch.setattr(scorer, "SHORTEST", 1)
+
+
+def build(name: str, keys: dict[str, Any]) -> Any:
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **keys})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for key, parameter in model.named_parameters():
+            if key.endswith(("bias", "sinks")):
+                torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def rows(seed: int = 1) -> list[Rendered]:
+    """Prompts and responses of odd sizes: 1-token answers, an empty prompt, a group of 9 answers, one of 1, answers that begin
+    alike; longer and shorter than the windows."""
+    draw = random.Random(seed)
+
+    def some(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, V) for _ in range(count))
+
+    made: list[Rendered] = []
+    system = some(4)
+    for group, (prompt, answers) in enumerate(((9, (1, 4, 12)), (1, (7, 3)), (0, (1,)), (14, (2, 2, 1, 3, 6, 8, 1, 9, 5)))):
+        before = (1, *system, *some(prompt)) if prompt else (1,)
+        begin = some(3)
+        for n, count in enumerate(answers):
+            after = (*begin, *some(count)) if n % 2 and count > 3 else some(count)
+            made.append(Rendered(group, n, (*before, *after), len(before)))
+    return made
+
+
+def one_by_one(model: Any, sequences: list[Rendered]) -> Tensor:
+    """logp of each response, by transformers alone."""
+    found: list[Tensor] = []
+    for s in sequences:
+        logp = model(input_ids=torch.tensor([s.ids]), use_cache=False).logits[0].float().log_softmax(-1)
+        found.append(torch.stack([logp[t - 1, s.ids[t]] for t in range(s.start, len(s.ids))]).sum())
+    return torch.stack(found)
+
+
+def same_gradients(ours: Any, theirs: Any, bound: float) -> None:
+    size = max(float(p.grad.abs().max()) for p in theirs.parameters() if p.grad is not None)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=bound * size, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# -- the trie itself ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shortest", [1, 3, 8])
+def test_every_sequence_is_a_path_with_its_own_positions(shortest: int) -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        sequences: list[tuple[int, ...]] = []
+        for _ in range(draw.randint(1, 9)):
+            begin = draw.choice(sequences)[: draw.randint(0, 20)] if sequences else ()
+            sequences.append((*begin, *draw.choices(range(3), k=draw.randint(not begin, 12))))
+        trie = grow(sequences, shortest)
+        for n, sequence in enumerate(sequences):
+            places = trie.places(n)
+            assert tuple(trie.ids[i] for i in places) == sequence
+            assert [trie.positions[i] for i in places] == list(range(len(sequence)))
+        assert all(node.parent < n and node.begin < node.end for n, node in enumerate(trie.nodes))
+        if shortest == 1:  # nothing stands twice
+            assert len(trie.ids) == len({s[:k] for s in sequences for k in range(1, len(s) + 1)})
+
+
+def test_a_first_child_follows_its_parent_and_short_beginnings_stay_apart() -> None:
+    prompt = tuple(range(10))
+    trie = grow([(*prompt, 20, 21), (*prompt, 30), (*prompt, 20, 22)], 3)
+    assert trie.nodes == (Node(-1, 0, 10, 0), Node(0, 10, 12, 10), Node(0, 12, 14, 10), Node(0, 14, 15, 10))
+    assert grow([(1, 2, 3), (1, 2, 3)]).nodes == (Node(-1, 0, 3, 0),), "equal sequences are one, however short"
+    assert grow([]).nodes == ()
+
+
+# -- models ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_shared_equals_one_by_one(name: str) -> None:
+    """Values and gradients; windows shorter than prompts, than responses, and across the boundary of nodes."""
+    model = build(name, SHARING[name])
+    plain = copy.deepcopy(model)
+    sequences = rows()
+    score = Scorer(model)
+    assert score.shares, cannot_share(model)
+    found = score(sequences)
+    assert found.tokens == len(grow([s.ids for s in sequences], 1).ids) < sum(len(s.ids) for s in sequences) / 2
+    expected = one_by_one(plain, sequences)
+    torch.testing.assert_close(found.logp, expected, atol=tolerances.LOGP, rtol=0)
+    weight = torch.linspace(-1, 1, len(sequences))
+    (found.logp * weight).sum().backward()
+    (expected * weight).sum().backward()
+    same_gradients(model, plain, tolerances.GRADIENT)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_models_that_cannot_share_are_right_and_say_so_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    keys, why = ALONE[name]
+    model = build(name, keys)
+    plain = copy.deepcopy(model)
+    for _ in range(2):
+        score = Scorer(model)
+    assert not score.shares
+    (line,) = [r.message for r in caplog.records if r.name == "preftune"]
+    assert why in line and "its own copy of the prompt" in line
+    sequences = rows()
+    torch.testing.assert_close(score(sequences).logp, one_by_one(plain, sequences), atol=tolerances.LOGP, rtol=0)
+
+
+def test_a_wrong_mask_is_found_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were attention over a trie wrong on a model, its hidden states would tell."""
+    right = attention.Layout.mask
+
+    def off_by_one(self: Any, queries: int, keys: int, window: int | None) -> Any:
+        mask = right(self, queries, keys, window)
+        return None if mask is None else mask.roll(1, 1)
+
+    monkeypatch.setattr(attention.Layout, "mask", off_by_one)
+    assert "differ by" in str(cannot_share(build("Llama", {})))
+
+
+def test_bf16_shared_is_bf16_alone() -> None:
+    model = build("Llama", {}).bfloat16()
+    sequences = rows()
+    with torch.no_grad():
+        shared, alone = Scorer(model)(sequences), Scorer(model, share=False)(sequences)
+    assert shared.logp.dtype == torch.float32
+    torch.testing.assert_close(shared.token_logp, alone.token_logp, atol=tolerances.BF16 * 10, rtol=0)
+    assert float((shared.token_logp - alone.token_logp).abs().mean()) < tolerances.BF16
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpointing_and_two_tries_in_one_graph(reentrant: bool, lora: bool) -> None:
+    """Layers run again in the backward pass, after another trie has been through the model: each must find its own."""
+    model = build("Gemma3Text", SHARING["Gemma3Text"])
+    if lora:
+        model = add_lora(model, AdapterOptions(type="lora", r=4, target_modules=["q_proj", "v_proj", "lm_head"]), seed=0)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    plain = copy.deepcopy(model)
+    first, second = rows(1), rows(2)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    score = Scorer(model)
+    assert score.shares and score.head.plain != lora
+    found = torch.cat([score(first).logp, score(second).logp])
+    expected = torch.cat([one_by_one(plain, part) for part in (first, second)])
+    weight = torch.linspace(-1, 1, len(found))
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(found, expected, atol=tolerances.LOGP, rtol=0)
+    same_gradients(model, plain, tolerances.GRADIENT)
+
+
+def test_without_a_trie_the_model_is_what_it_was(tmp_path: Any) -> None:
+    """Generation, plain calls and saved files know nothing of the trie."""
+    model = build("Gemma2", SHARING["Gemma2"])
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[0, 0, 5, 6, 7], [1, 8, 9, 10, 11]])
+    real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    before = model(input_ids=ids, attention_mask=real).logits
+    told = model.generate(input_ids=ids, attention_mask=real, max_new_tokens=5, do_sample=False)
+    with torch.no_grad():
+        Scorer(model)(rows())
+    assert model.config._attn_implementation == "preftune_eager"
+    assert torch.equal(model(input_ids=ids, attention_mask=real).logits, before)
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=real, max_new_tokens=5, do_sample=False), told)
+    model.save_pretrained(tmp_path)
+    assert "preftune" not in (tmp_path / "config.json").read_text()
+
+
+# -- the head ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 300, 2**25])
+@pytest.mark.parametrize("name", ["phi", "untied", "gemma2", "cohere"])
+def test_chunked_equals_plain(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bias, untied, soft-capped and scaled heads, in blocks of one entry, of some, of all."""
+    from preftune.scoring import head
+
+    monkeypatch.setattr(head, "BLOCK", block)
+    model = tiny.model(name)
+    plain = copy.deepcopy(model)
+    sequences = [Rendered(0, n, (9, 30, *range(40, 43 + n)), 2) for n in range(3)]
+    score = Scorer(model)
+    assert score.head.plain == (name in ("phi", "untied"))
+    found, expected = score(sequences).logp, one_by_one(plain, sequences)
+    torch.testing.assert_close(found, expected, atol=tolerances.LOGP, rtol=0)
+    weight = torch.tensor([1.0, -2.0, 0.5])
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    same_gradients(model, plain, tolerances.GRADIENT)
+
+
+def test_a_frozen_head_takes_no_gradient_and_saved_modules_do(tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny.model("untied"), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    plain = copy.deepcopy(model)
+    sequences = [Rendered(0, n, (9, 30, *range(40, 43 + n)), 2) for n in range(3)]
+    found, expected = Scorer(model)(sequences).logp, one_by_one(plain, sequences)
+    found.sum().backward()
+    expected.sum().backward()
+    same_gradients(model, plain, tolerances.GRADIENT)
+    assert {name for name, p in model.named_parameters() if p.grad is not None and "lm_head" in name} == {
+        "base_model.model.lm_head.modules_to_save.default.weight"
+    }
+
+
+def test_top1_and_entropy_come_through_the_same_pass() -> None:
+    model = build("Llama", {})
+    sequences = rows()
+    found = Scorer(model)(sequences, ("entropy", "top1"))
+    at = 0
+    for s in sequences:
+        p = model(input_ids=torch.tensor([s.ids])).logits[0, s.start - 1 : -1].double().softmax(-1)
+        these = slice(at, at + s.length)
+        torch.testing.assert_close(found.values["entropy"][these].double(), -(p * p.log()).sum(-1), atol=1e-4, rtol=0)
+        assert torch.equal(found.values["top1"][these], p.argmax(-1))
+        at += s.length
