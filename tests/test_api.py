@@ -282,3 +282,14 @@ def test_the_step_whose_weights_are_kept_is_said(model: Any, tokenizer: Any, no_
     losses = {line["step"]: line["eval/loss"] for line in run.metrics if "eval/loss" in line}
     assert run.kept_step == min(losses, key=losses.__getitem__) == 2
     assert json.loads(Path("run/evaluation.json").read_text())["kept_step"] == run.kept_step
+
+
+def test_marks_without_use_are_counted(model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "preftune")
+    rows = [*PAIRS[:6], {"prompt": "Q: ", "response": "shown"}]
+    groups = [*preftune.read(rows[:6]), *preftune.read(rows[6:]), tiny.pair("T: ", "a", "b", preference=0.5)]
+    preftune.fit(model, tokenizer, groups, method="dpo", eval_groups=preftune.read(PAIRS[6:8]), **KEYS)
+    assert "7 examples to train on and 2 held out" in caplog.text
+    assert "dpo makes no example of 1 demonstrations" in caplog.text
+    preftune.fit(model, tokenizer, groups, method="sft", eval_groups=preftune.read(PAIRS[6:8]), **KEYS)
+    assert "sft makes no example of 1 ties, weights of 0 or answers shown before" in caplog.text

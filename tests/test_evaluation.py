@@ -305,3 +305,22 @@ def test_rows_that_are_too_long_are_said_and_more_than_half_refused(
     assert found["comparisons"] == 3 and "1 more rows dropped: too_long 1 (row 9)" in caplog.text
     with pytest.raises(Refusal, match="2 of 3 rows were dropped"):
         preftune.evaluate(model, tokenizer, [short[0], long, tiny.pair("R: ", "word " * 30, "no", row=10)])
+
+
+def test_a_token_that_both_models_rule_out_adds_nothing_to_the_kl() -> None:
+    def ruled(seed: int) -> Any:
+        model = tiny.model("phi", seed=seed)
+        with torch.no_grad():
+            model.lm_head.bias[5] = -math.inf
+        return model
+
+    (found,) = kl_per_response(ruled(0), ruled(1), [Sample(0, 0, (9, 30), (31, 32), "", "length")])
+    assert math.isfinite(found) and found > 0
+
+
+def test_no_room_for_a_sample_costs_the_kl_alone(model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    groups = [tiny.pair("a b c d " * 7, "x", "yes", row=n) for n in (1, 2)]
+    full = tiny.model(positions=len(tokenizer(str(groups[0].prompt)).input_ids))
+    keys = {"reference": full, "too_long": "truncate_prompt_start"}
+    found = preftune.evaluate(full, tokenizer, groups, max_length=full.config.max_position_embeddings, **keys)
+    assert found["accuracy"] == 0.5 and (found["kl"] is None) == ("no KL" in caplog.text)

@@ -225,3 +225,11 @@ def test_prompts_without_room_are_left_out_and_counted(caplog: pytest.LogCapture
     prompts = [(80, 81), tuple(range(70, 86)), (5,), tuple(range(60, 77))]
     assert with_room(tiny.model(positions=16), prompts) == [0, 2]
     assert "2 of 4 prompts fill the model's 16 positions" in caplog.text
+
+
+def test_a_batch_is_as_large_as_its_longest_prompt_lets_it_be(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preftune.generation.sample._TOKENS", 60)
+    told: list[int] = []
+    prompts = [*[(70, 71)] * 6, *[tuple(range(40, 66))] * 3]  # 2 + 4 tokens, and 26 + 4
+    sample(never_ending(), tokenizer, prompts, Sampling(max_new_tokens=4), progress=told.append)
+    assert told == [2, 2, 5], "two of 30 tokens fit in 60; the third goes with a short one, whose row is padded to 30"

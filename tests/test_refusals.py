@@ -458,3 +458,21 @@ def test_help_and_refusals_import_nothing_heavy(place: Path, tmp_path: Path) -> 
         [sys.executable, "-c", SCRIPT], input=json.dumps(LIGHT), text=True, cwd=tmp_path, check=True, capture_output=True
     )
     assert json.loads((tmp_path / "found.json").read_text()) == {}
+
+
+def test_a_run_does_not_overwrite_what_it_reads(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for line in ("train model=m data=pairs.jsonl out=m", "train model=m data=nested/pairs.jsonl out=nested"):
+        (place / "nested").mkdir(exist_ok=True)
+        shutil.copy(place / "pairs.jsonl", place / "nested")
+        error = refused(place, capsys, monkeypatch, f"{line} overwrite=true").error
+        assert (error["code"], error["key"]) == ("out_holds_input", "out")
+
+
+def test_a_run_that_is_not_there_is_no_name_on_the_hub(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "runs" / "first").mkdir(parents=True, exist_ok=True)
+    error = refused(place, capsys, monkeypatch, "train model=runs/frist data=pairs.jsonl").error
+    assert error["code"] == "missing_model" and "runs/first" in error["message"]

@@ -389,3 +389,13 @@ def test_sequences_stand_in_order_and_chunks_change_nothing(tokenizer: Any, monk
     assert render(groups, tokenizer) == whole
     assert [(s.group, s.response) for s in whole.sequences] == [(g, r) for g in range(6) for r in range(2)]
     assert [whole.index(s.group, s.response) for s in whole.sequences] == list(range(12))
+
+
+def test_a_turn_that_ends_in_the_end_token_is_continued_after_it() -> None:
+    """Scoring and sampling see the same prompt: an end token that the template writes belongs to the turn."""
+    template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    tokenizer = tiny.tokenizer(template=template)
+    group = tiny.pair(tiny.turns("hi"), tiny.turns("yes", first="assistant"), tiny.turns("no", first="assistant"))
+    (prompt,) = render_prompts([group], tokenizer)
+    scored = render([group], tokenizer).sequences[0]
+    assert prompt == scored.ids[: scored.start] and prompt[-1] == tokenizer.eos_token_id

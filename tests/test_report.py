@@ -149,11 +149,9 @@ def demo(betas: int = 3) -> dict[str, Any]:
                 "lexicon": _win(rate - 0.13, rate - 0.17, rate - 0.09),
             },
             "reward": reward,
-            "reward_base": 0.02,
             "kl": kl,
             "kl_interval": [kl - 0.2, kl + 0.25],
             "distinct_2": 0.61 - 0.02 * kl,
-            "distinct_2_base": 0.63,
             "samples": [{"prompt": "the film is", "before": "a film .", "after": f"a joy at beta {beta} ."}],
         }
         for beta, rate, reward, kl in figures
@@ -334,7 +332,7 @@ def test_every_value_not_finite(tmp_path: Path) -> None:
 
 
 def test_sft_run(tmp_path: Path) -> None:
-    lines = [{"step": s, "loss": 3.2 - s / 100, "length": 61.5, "tokens_per_s": 900.0} for s in range(1, 41)]
+    lines = [{"step": s, "loss": 3.2 - s / 100, "length/chosen": 61.5, "tokens_per_s": 900.0} for s in range(1, 41)]
     evaluation = {
         "before": {"demonstrations": 500, "prompts": 500, "loss": 3.21, "perplexity": 24.78, "method": "sft"},
         "after": {"demonstrations": 500, "prompts": 500, "loss": 2.8, "perplexity": 16.44, "method": "sft"},

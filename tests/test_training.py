@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -465,3 +466,46 @@ def test_a_frozen_base_is_shared_with_the_compute_copy(model: Any) -> None:
     assert used is not model and used.model.norm.weight.dtype == torch.bfloat16
     assert used.model.embed_tokens.weight is model.model.embed_tokens.weight
     assert model.model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("new", [signal.SIGTERM, RuntimeError("odd"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_step_that_was_taken_is_counted_and_saved_whatever_ends_the_evaluation_after_it(
+    new: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from preftune.runs import trainer
+
+    out, model, right = tmp_path / "run", tiny.model(), trainer.method_metrics
+
+    def ends(*arguments: Any) -> Any:
+        if isinstance(new, Exception):
+            raise new
+        os.kill(os.getpid(), new)
+        return right(*arguments)
+
+    def watch(phase: str, done: int, total: int, line: dict[str, Any]) -> None:
+        if phase == "train" and done == 2:
+            monkeypatch.setattr(trainer, "method_metrics", ends)
+
+    kind = {"odd": RuntimeError, "CUDA out of memory": RunFailed}.get(str(new), Interrupted)
+    with pytest.raises(kind) as stopped:
+        fit(model, tokenizer, tiny.pairs(6), eval_groups=tiny.pairs(2), steps=5, batch_size=2, out=out, progress=watch,
+            train={"eval_every": 1})  # fmt: skip
+    assert [p.name for p in sorted((out / "checkpoints").glob("step-*"))] == ["step-000003"]
+    assert [json.loads(x)["step"] for x in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    if kind is RunFailed:
+        assert "lower train.tokens_per_microbatch" in str(stopped.value) and "step-000003" in str(stopped.value)
+
+
+def test_what_is_measured_is_what_is_kept(tmp_path: Path, tokenizer: Any) -> None:
+    """A bfloat16 model in hand that is trained and measured in float32 is a float32 model afterwards."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny.model().bfloat16()
+    keys = {"steps": 10, "learning_rate": 1e-4, "out": tmp_path / "run", "eval_groups": tiny.pairs(4), "dtype": "float32"}
+    run = fit(model, tokenizer, tiny.pairs(6), reference=tiny.model().bfloat16(), **keys)
+    assert run.after is not None and run.model is model
+    for kept in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")):
+        assert all(p.dtype == torch.float32 for p in kept.parameters())
+        found = preftune.evaluate(kept, tokenizer, tiny.pairs(4), reference=tiny.model().bfloat16().float(), kl_samples=0)
+        assert found["logp_accuracy"] == run.after["logp_accuracy"]
+        assert found["margin"] == pytest.approx(run.after["margin"], abs=tolerances.LOGP)

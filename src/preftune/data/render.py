@@ -146,8 +146,9 @@ class Speaker:
         except _template_errors() as error:
             raise Refusal(f"the chat template refuses prompt {number}: {_said(error)}", code="template_error") from error
         ids = self.ids([text], group.prompt)[0]
-        while len(ids) > 1 and ids[-1] == self.end_token:  # some tokenizers end every text by themselves
-            ids.pop()
+        if isinstance(group.prompt, str):
+            while len(ids) > 1 and ids[-1] == self.end_token:  # some tokenizers end every text by themselves
+                ids.pop()
         return tuple(ids) or self._first_token()
 
     def render(self, groups: Sequence[Group], findings: list[Finding]) -> Iterable[tuple[Group, list[Rendered]]]:

@@ -33,7 +33,7 @@ from preftune.runs.train import fit
 log = logging.getLogger("preftune")
 
 SCORERS = {"sentiment": scorers.sentiment, "lexicon": scorers.lexicon}
-TRAIN_PROMPTS, HELD_PROMPTS = 800, 512
+TRAIN_PROMPTS, HELD_PROMPTS = 1000, 512
 SAMPLES, NEW_TOKENS = 4, 48
 SETTINGS: dict[str, Any] = {
     "epochs": 2.0,

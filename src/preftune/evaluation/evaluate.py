@@ -84,6 +84,9 @@ def evaluate(
         return result
     prompts = batch.groups[:kl_samples]
     how = Sampling(max_new_tokens=max_new_tokens, seed=seed)
+    if not with_room(model, render_prompts(prompts, tokenizer, template=template)):
+        log.warning("no KL: no prompt leaves room for a response")
+        return result
     samples = sample_prompts(model, tokenizer, prompts, how, template=template, progress=progress)
     values = kl_per_response(model, reference, samples, progress=counted(progress, "kl", len(samples)))
     found = mean_interval(values, range(len(values)), seed=seed)

@@ -51,7 +51,9 @@ def kl_per_response(
             log_q = _log_probabilities(other, [ids[r] for r in rows], off)
             shared = min(log_p.shape[-1], log_q.shape[-1])  # a vocabulary may be padded further in one of them
             log_p, log_q = log_p[..., :shared], log_q[..., :shared]
-            per_step = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding can fall below 0
+            p = log_p.exp()
+            terms = torch.where(p > 0, p * (log_p - log_q), 0.0)  # a token that a model rules out has p = 0 and log p = -inf
+            per_step = terms.sum(-1).clamp(min=0)  # rounding can fall below 0
             for n, r in enumerate(rows):
                 begin, end = len(samples[r].prompt_ids) - 1, len(ids[r]) - 1
                 values[r] = float(per_step[n, begin:end].sum())

@@ -65,7 +65,7 @@ def sample(
     room = [sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - len(p)) for p in prompts]
     jobs = sorted(
         ((p, k) for p in range(len(prompts)) for k in range(sampling.samples)),
-        key=lambda job: (len(prompts[job[0]]), job),
+        key=lambda job: (-len(prompts[job[0]]), job),  # the longest of a batch is its first, and sets its size
     )
     ends = end_tokens(model, tokenizer)
     found: dict[tuple[int, int], Sample] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,15 @@ def choose(name: str | None, groups: list[Group]) -> str:
         hint = f" For these: method={' or '.join(others)}." if others else ""
         raise Refusal(f"method {name} needs {wanted}; the data holds {found}.{hint}", code="method_without_marks", key="method")
     return name
+
+
+def unused(name: str, groups: Sequence[Group], examples: int) -> dict[str, int]:
+    """Marks that the method makes no example of, by what they are: of a kind that it does not take; or of its own kind but
+    tied, of weight 0, or of an answer that another mark shows already."""
+    kinds = Counter(type(mark) for group in groups for mark in group.marks)
+    foreign = {_WORDS[kind]: count for kind, count in kinds.items() if kind not in NEEDS[name].marks}
+    own = sum(count for kind, count in kinds.items() if kind in NEEDS[name].marks) - examples
+    return foreign | ({"ties, weights of 0 or answers shown before": own} if own else {})
 
 
 def make(name: str, *, beta: float) -> Method:

@@ -47,7 +47,8 @@ def resolve(ref: str, key: str) -> str:
     if path.exists():
         raise Refusal(f"{ref} is a file; a model is a folder or a hub name", code="no_model", key=key)
     parts = ref.split("/")
-    if len(parts) != 2 or not all(parts) or ref.startswith((".", "~")) or ref.endswith(DATA_SUFFIXES):
+    here = len(parts) == 2 and Path(parts[0]).is_dir()  # a name in a folder that is here, and no owner on the hub
+    if here or len(parts) != 2 or not all(parts) or ref.startswith((".", "~")) or ref.endswith(DATA_SUFFIXES):
         hint = _near(path) or "; a name on the hub is written owner/name"
         raise Refusal(f"there is no folder {ref}{hint}", code="missing_model", key=key)
     return ref

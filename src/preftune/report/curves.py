@@ -82,7 +82,7 @@ CHARTS = (
         "lengths",
         "Answer length",
         "scored tokens of the responses trained on",
-        (Series("length", "response", 0), *_two_sides("length")),
+        _two_sides("length"),
     ),
     Chart("grad_norm", "Gradient norm", "before clipping", (Series("grad_norm", "training", 0),)),
     Chart("throughput", "Throughput", "tokens per second", (Series("tokens_per_s", "training", 0),)),
@@ -182,8 +182,6 @@ def reward_kl(demo: Json) -> Plot | None:
     if not runs:
         return None
     base = number(mapping(demo.get("base")).get("reward"))
-    if base is None:
-        base = next((value for run in runs if (value := number(run.get("reward_base"))) is not None), None)
     points: list[Point] = [(float(run["kl"]), float(run["reward"])) for run in runs]
     aligned = Trace(
         "aligned, by beta",

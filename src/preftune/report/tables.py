@@ -133,13 +133,14 @@ def demo_table(demo: Json) -> tuple[list[str], list[DemoRow]]:
     runs, best = objects(demo.get("runs")), best_run(demo)
     scorers = list(dict.fromkeys(name for run in runs for name in mapping(run.get("win_rate"))))
     columns = [f"Win rate, {name}" for name in scorers] + ["Reward", "KL, nats", "Distinct bigrams"]
+    base = mapping(demo.get("base"))
     rows: list[DemoRow] = []
     for run in runs:
         rates = [mapping(mapping(run.get("win_rate")).get(name)) for name in scorers]
         cells = [(percent(rate.get("win_rate")), interval(rate.get("win_rate_interval"), share=True)) for rate in rates]
-        cells.append((figure(run.get("reward")), _base(run.get("reward_base"))))
+        cells.append((figure(run.get("reward")), _base(base.get("reward"))))
         cells.append((figure(run.get("kl")), interval(run.get("kl_interval"))))
-        cells.append((figure(run.get("distinct_2")), _base(run.get("distinct_2_base"))))
+        cells.append((figure(run.get("distinct_2")), _base(base.get("distinct_2"))))
         beta = number(run.get("beta"))
         page = f"beta-{beta:g}/report.html" if beta is not None and len(runs) > 1 else ""
         rows.append(DemoRow(plain(run.get("beta")), len(runs) > 1 and run is best, cells, page))
@@ -240,8 +241,8 @@ def samples(files: RunFiles) -> list[Sample]:
     found: list[Sample] = []
     for row in rows[:MAX_SAMPLES]:
         named = (
-            ("Before", row.get("before", row.get("base"))),
-            ("After", row.get("after", row.get("aligned"))),
+            ("Before", row.get("before")),
+            ("After", row.get("after")),
             ("Chosen in the data", row.get("chosen")),
         )
         answers = [(name, _text(value)) for name, value in named if value is not None]

@@ -33,6 +33,13 @@ def choose_out(out: str | None, name: str, *, overwrite: bool) -> Path:
     return folder
 
 
+def check_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuses an output folder that is, or holds, what the run reads: overwriting would move it away."""
+    for path in inputs:
+        if path.exists() and (out.absolute() == path.absolute() or out.absolute() in path.absolute().parents):
+            raise Refusal(f"{out} holds {path}, which this run reads: choose another folder", code="out_holds_input", key="out")
+
+
 def make(folder: Path, *, overwrite: bool = False) -> Path:
     """Creates the folder; what was there stands beside it as .old-1, .old-2 ... Asks again: since it was chosen, another
     run may have begun there."""

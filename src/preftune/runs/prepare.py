@@ -146,6 +146,8 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
         log.info("the model has a chat template, and HH dialogues are read as text: data.format=hh_messages uses it")
     method = methods.make(data.method, beta=1.0)
     sizes = [{"groups": len(part.groups), "examples": len(method.examples(part.groups))} for part in (train, held)]
+    examples = sum(size["examples"] for size in sizes)
+    unused = methods.unused(data.method, [*train.groups, *held.groups], examples)
     for part, size in zip(parts, sizes, strict=False):
         _check(part, data.options, examples=size["examples"])
     dropped = sum((part.dropped for part in parts), Counter[str]())
@@ -157,6 +159,7 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
         "groups": sum(size["groups"] for size in sizes),
         "findings": [asdict(f) for part in parts for f in part.lost],
         "sources": [source for part in parts for source in part.sources()],
+        "unused": unused,
         "train": sizes[0],
         "eval": sizes[1],
     }

@@ -48,6 +48,8 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | dict[st
     files.choose_out(keys.out, "run", overwrite=keys.overwrite)
     data = read_data(keys.data.sources, keys.data, keys.eval_data, keys.method.name)
     out = files.choose_out(keys.out, data.method, overwrite=keys.overwrite)
+    read_from = [model_ref, reference_ref, *(source["path"] for reading in data.readings for source in reading.sources)]
+    files.check_apart(out, [Path(path) for path in read_from if path])
 
     # from here on torch and transformers are needed
     import torch
@@ -77,13 +79,14 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | dict[st
         return preview.show(keys, rendered, tokenizer)
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(device())
     load = partial(load_model, dtype=dtype, trust_remote_code=trust)
-    sources = References(
-        other=partial(load, reference_ref, key="reference") if reference_ref else None, again=partial(load, model_ref)
-    )
+    other = partial(load, reference_ref, key="reference") if reference_ref else None
     # weights that train are loaded in float32; under an adapter the frozen ones stay in the compute precision
     frozen = known.adapter or keys.adapter.type != "none"
     model = load(model_ref) if frozen else load(model_ref, dtype=torch.float32)
-    check_tokenizer(model, tokenizer)
+    first = other() if other else None  # before a folder is made: it may not be loadable
+    check_tokenizer(model, tokenizer, first)
+    sources = References(other=_first_then(first, other) if other else None, again=partial(load, model_ref))
+    del first
     return _go(model, tokenizer, rendered, data.method, keys, sources, out, model_ref, progress)
 
 
@@ -92,7 +95,7 @@ def fit(
     tokenizer: Any,
     groups: Sequence[Group],
     *,
-    method: str = "dpo",
+    method: str | None = "dpo",
     reference: Any = None,
     eval_groups: Sequence[Group] | None = None,
     out: str | Path | None = None,
@@ -105,7 +108,7 @@ def fit(
         model: a causal language model of transformers, or a peft model.
         tokenizer: its tokenizer.
         groups: from `preftune.read`.
-        method: `sft` or `dpo`.
+        method: `sft` or `dpo`; None: by the kind of marks.
         reference: another model; None: `model` as it is now.
         eval_groups: held-out groups; None: 5 % of the prompts by hash.
         out: a run folder to write; None: no files.
@@ -130,7 +133,7 @@ def fit(
     _check_merge(options, adapted=is_adapter(model))
     check_tokenizer(model, tokenizer, reference)
     trackers.check(options.train.trackers)
-    name = methods.choose(methods.check_name(method), list(groups))
+    name = methods.choose(methods.check_name(method) if method else None, list(groups))
     folder = files.choose_out(str(out), name, overwrite=options.overwrite) if out is not None else None
     data = from_groups(groups, eval_groups, name, options.data)
     apply_template(tokenizer, options.data.template, [*data.train, *data.held])
@@ -178,6 +181,12 @@ class References:
     again: Callable[[], Any] | None
 
 
+def _first_then(first: Any, again: Callable[[], Any]) -> Callable[[], Any]:
+    """What is loaded already, given away once so that nothing here keeps it; then loaded anew."""
+    held = [first]
+    return lambda: held.pop() if held else again()
+
+
 def _go(
     model: Any,
     tokenizer: Any,
@@ -214,13 +223,19 @@ def _compute(
     stop: Stop,
 ) -> Run:
     """Adapter, precision, the run, its folder."""
+    import torch
+
     from preftune.models.adapters import adapter_dropout_on, add_lora, is_adapter, merged, trainable_adapter
     from preftune.models.load import save_model
     from preftune.runs.trainer import Job, run
-    from preftune.training.precision import DTYPES, default_dtype
+    from preftune.training.precision import DTYPES, cast_parameters, default_dtype
 
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(model.device)
     keys = keys.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    if any(p.is_floating_point() and torch.finfo(p.dtype).bits < torch.finfo(dtype).bits for p in model.parameters()):
+        # what is measured would have digits that the model in hand could not keep
+        log.info(f"the model's weights are held in {keys.dtype} from here on, the precision that it is trained and measured in")
+        cast_parameters(model, dtype)
     new_adapter = not is_adapter(model) and keys.adapter.type == "lora"
     if new_adapter:
         model = add_lora(model, keys.adapter, seed=keys.seed)
@@ -281,9 +296,12 @@ def _rendered(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) ->
     rendered = render_data(data, tokenizer, max_length=limit, too_long=too_long, template=template)
     counts = rendered.summary
     log.info(
-        f"{counts['kept']:,} of {counts['rows']:,} rows used: {counts['train']['examples']:,} examples to train on, "
-        f"{counts['eval']['examples']:,} held out"
+        f"{counts['train']['examples']:,} examples to train on and {counts['eval']['examples']:,} held out, "
+        f"from {counts['kept']:,} of {counts['rows']:,} rows"
     )
+    if counts["unused"]:
+        what = ", ".join(f"{count:,} {kind}" for kind, count in counts["unused"].items())
+        log.warning(f"{data.method} makes no example of {what}")
     return rendered
 
 

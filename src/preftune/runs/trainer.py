@@ -108,12 +108,14 @@ def run(job: Job, stop: Stop) -> Run:
             best = _Best(weights, job)
             for line in steps(weights, job.train, job.method, the_plan, reference):
                 number = line["step"]
-                if keys.train.eval_every and (number % keys.train.eval_every == 0 or number == len(the_plan)):
-                    scored = _scored(job, weights.compute, job.held, rows, "evaluate", stop)
-                    line |= {f"eval/{k}": v for k, v in _held_line(job, scored, held_reference).items()}
-                    best.offer(number, line.get("eval/loss"))
                 result.metrics.append(line)
-                sink(line)
+                try:
+                    if keys.train.eval_every and (number % keys.train.eval_every == 0 or number == len(the_plan)):
+                        scored = _scored(job, weights.compute, job.held, rows, "evaluate", stop)
+                        line |= {f"eval/{k}": v for k, v in _held_line(job, scored, held_reference).items()}
+                        best.offer(number, line.get("eval/loss"))
+                finally:  # the step was taken, whatever becomes of its evaluation
+                    sink(line)
                 job.progress("train", number, len(the_plan), line)
                 if keys.train.save_every and number % keys.train.save_every == 0:
                     _checkpoint(job, weights, number)
@@ -132,11 +134,22 @@ def run(job: Job, stop: Stop) -> Run:
                 f"{_saved_at(job, weights, done)}",
                 signal_number=number,
             ) from stopped
-        except RunFailed as failed:  # nothing that was computed is lost
-            if result.metrics:
-                failed.message += _saved_at(job, weights, len(result.metrics))
+        except Exception as error:  # nothing that was trained is lost, whatever it is
+            saved = _saved_at(job, weights, len(result.metrics)) if result.metrics else ""
+            if isinstance(error, RunFailed):
+                error.message += saved
+                raise
+            if _out_of_memory(error):
+                line = f"out of memory: lower train.tokens_per_microbatch or max_length{saved}"
+                raise RunFailed(line, code="out_of_memory") from error
+            log.warning(f"stopped after step {len(result.metrics)} of {len(the_plan)}{saved}")
             raise
     return result
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On CUDA an error of its own; of the CPU's allocator one knows only the words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _saved_at(job: Job, weights: Weights, step: int) -> str:
@@ -298,7 +311,7 @@ def _kl(job: Job, weights: Weights, samples: list[Sample], stop: Stop) -> dict[s
     load = job.load_reference or job.load_start
     if not samples or not job.method.needs_reference or (not off and load is None):
         return {}
-    reference = None if off or load is None else load()
+    reference = None if off or load is None else in_precision(load(), job.dtype)
     advance = _counted(job, "kl", len(samples), stop)
     values = kl_per_response(weights.compute, reference, samples, without_adapter=off, progress=advance)
     found = mean_interval(values, range(len(values)), seed=job.keys.seed)

@@ -25,7 +25,7 @@ class TrainOptions(BaseModel):
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(default=2, description="Newest checkpoints kept.")
     tokens_per_microbatch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="Most padded tokens of one pass; changes memory and speed, never the result. Default: by vocabulary.",
+        description="Most distinct tokens of one pass; changes memory and speed, never the result. Default: by vocabulary.",
     )
     warmup: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Share of the steps with rising learning rate."
