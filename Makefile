@@ -36,4 +36,8 @@ model: $(READY)   ## rebuild the packaged film-review model and its scorers from
 clean:            ## remove .venv and caches
 	rm -rf $(VENV) build .pytest_cache .ruff_cache
 
-.PHONY: help setup demo test mutate model clean
+bench: $(READY)  ## a DPO step beside TRL's: make bench TRL=<python that has trl> HH=<harmless-base-test.jsonl.gz>
+	$(BIN)/python benchmarks/dpo_step.py --trl $(TRL) --hh $(HH) --dtype float32
+	$(BIN)/python benchmarks/dpo_step.py --trl $(TRL) --hh $(HH) --dtype bfloat16
+
+.PHONY: help setup demo test mutate bench model clean

@@ -26,6 +26,7 @@ def preftune(folder: Path, how: dict[str, Any]) -> dict[str, Any]:
 
     from preftune import methods, read, render
     from preftune.models.load import load_model, load_tokenizer
+    from preftune.scoring import scorer
     from preftune.scoring.score import score_logp
     from preftune.training.memory import keep_freed_memory
     from preftune.training.options import TrainOptions
@@ -33,6 +34,8 @@ def preftune(folder: Path, how: dict[str, Any]) -> dict[str, Any]:
     from preftune.training.steps import Plan, steps
 
     keep_freed_memory()
+    if not how.get("share", True):
+        scorer.cannot_share = lambda model: "asked for"
     settings = json.loads((folder / "settings.json").read_text())
     model, tokenizer = load_model(str(folder / "model")), load_tokenizer(str(folder / "model"))
     batch = render(read(str(folder / "rows.jsonl")), tokenizer)

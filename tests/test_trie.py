@@ -14,7 +14,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import preftune
 from preftune.data.render import Rendered
+from preftune.errors import Refusal
 from preftune.models.adapters import add_lora
 from preftune.models.options import AdapterOptions
 from preftune.scoring import attention, scorer
@@ -306,3 +308,14 @@ def test_top1_and_entropy_come_through_the_same_pass() -> None:
         torch.testing.assert_close(found.values["entropy"][these].double(), -(p * p.log()).sum(-1), atol=1e-4, rtol=0)
         assert torch.equal(found.values["top1"][these], p.argmax(-1))
         at += s.length
+
+
+def test_sharing_can_be_required_or_left_off(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: dict[str, Any] = {"steps": 1, "dtype": "float32"}
+    with pytest.raises(Refusal) as refused:
+        preftune.fit(tiny.model("gptj"), tokenizer, tiny.pairs(2), train={"sharing": "require"}, **keys)
+    assert refused.value.code == "cannot_share" and "transformers' interface" in str(refused.value)
+    required = preftune.fit(tiny.model(), tokenizer, tiny.pairs(2), train={"sharing": "require"}, **keys)
+    monkeypatch.setattr(scorer, "along", None)  # would fail if it were called
+    off = preftune.fit(tiny.model(), tokenizer, tiny.pairs(2), train={"sharing": "off"}, **keys)
+    assert off.metrics[0]["grad_norm"] == pytest.approx(required.metrics[0]["grad_norm"], rel=1e-4)

@@ -12,6 +12,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GPT2Config,
+    GPTJConfig,
     GraniteConfig,
     LlamaConfig,
     PhiConfig,
@@ -64,6 +65,9 @@ CONFIGS: dict[str, Any] = {
     ),
     "gemma2": lambda n: Gemma2Config(  # caps so low that leaving them out shows
         **_SMALL, **_HEADS, **_ENDS, head_dim=8, max_position_embeddings=n, sliding_window=8, final_logit_softcapping=0.5
+    ),
+    "gptj": lambda n: GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=n, initializer_range=0.2, **_ENDS
     ),
     "phi": lambda n: PhiConfig(**_SMALL, **_HEADS, **_ENDS, max_position_embeddings=n),  # its head has a bias
     "cohere": lambda n: CohereConfig(**_SMALL, **_HEADS, **_ENDS, max_position_embeddings=n, logit_scale=0.25),

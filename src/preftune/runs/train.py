@@ -228,6 +228,7 @@ def _compute(
     from preftune.models.adapters import adapter_dropout_on, add_lora, is_adapter, merged, trainable_adapter
     from preftune.models.load import save_model
     from preftune.runs.trainer import Job, run
+    from preftune.scoring.scorer import require_sharing
     from preftune.training.precision import DTYPES, cast_parameters, default_dtype
 
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(model.device)
@@ -243,6 +244,8 @@ def _compute(
         model = trainable_adapter(model)
     else:
         model.requires_grad_(True)
+    if keys.train.sharing == "require":
+        require_sharing(model)
     job = Job(
         model=adapter_dropout_on(model.eval()),
         tokenizer=tokenizer,

@@ -218,8 +218,9 @@ def _references(
 
 
 def _scored(job: Job, model: Any, batch: Batch, rows: list[int], phase: str, stop: Stop) -> Tensor:
-    budget = job.keys.train.tokens_per_microbatch
-    return score_logp(model, batch, rows, tokens_per_microbatch=budget, progress=_counted(job, phase, len(rows), stop))
+    options, advance = job.keys.train, _counted(job, phase, len(rows), stop)
+    budget, share = options.tokens_per_microbatch, options.sharing != "off"
+    return score_logp(model, batch, rows, tokens_per_microbatch=budget, share=share, progress=advance)
 
 
 def _counted(job: Job, phase: str, total: int, stop: Stop) -> Callable[[int], None]:

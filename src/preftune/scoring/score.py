@@ -96,6 +96,7 @@ def score_logp(
     rows: Sequence[int],
     *,
     tokens_per_microbatch: int | None = None,
+    share: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """[len(batch)] logp of the asked rows without a graph, on the CPU; NaN where a row was not asked.
@@ -106,7 +107,7 @@ def score_logp(
     values = torch.full((len(batch),), float("nan"))
     rows = sorted(set(rows))
     with torch.no_grad(), evaluation_mode(model):
-        scorer = Scorer(model)
+        scorer = Scorer(model, share=share)
         for places in passes(scorer, batch, [[row] for row in rows], tokens_per_microbatch):
             chosen = [rows[p] for p in places]
             values[chosen] = scorer([batch.sequences[r] for r in chosen]).logp.cpu()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune.data.render import Rendered
+from preftune.errors import Refusal
 from preftune.scoring import attention
 from preftune.scoring.head import Head, Value, backbone
 from preftune.scoring.trie import SHORTEST, Trie, grow
@@ -142,6 +143,14 @@ def cannot_share(model: Any) -> str | None:
             model.set_attn_implementation(before)
             log.warning(f"{type(model).__name__}: every response is scored with its own copy of the prompt: {why}")
     return _ASKED[model]
+
+
+def require_sharing(model: Any) -> None:
+    """Refuses a model, or a peft model around one, whose answers cannot share their prompt."""
+    why = cannot_share(model.get_base_model() if hasattr(model, "peft_config") else model)
+    if why:
+        line = f"the model's answers cannot share their prompt: {why}; train.sharing=auto gives each its own copy"
+        raise Refusal(line, code="cannot_share", key="train.sharing")
 
 
 def _ask(model: Any) -> str | None:

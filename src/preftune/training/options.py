@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard"]
+Sharing = Literal["auto", "require", "off"]
 
 
 class TrainOptions(BaseModel):
@@ -26,6 +27,10 @@ class TrainOptions(BaseModel):
     tokens_per_microbatch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="Most distinct tokens of one pass; changes memory and speed, never the result. Default: by vocabulary.",
+    )
+    sharing: Sharing = Field(
+        default="auto",
+        description="auto: answers share their prompt where the model can; require: refused where not; off.",
     )
     warmup: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Share of the steps with rising learning rate."

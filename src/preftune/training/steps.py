@@ -105,7 +105,7 @@ def steps(
     """
     options = the_plan.options
     optimizer = torch.optim.AdamW(weights.masters, lr=the_plan.learning_rate, weight_decay=options.weight_decay, fused=True)
-    scorer = Scorer(weights.compute)
+    scorer = Scorer(weights.compute, share=options.sharing != "off")
     for number, (epoch, examples) in enumerate(the_plan.batches, start=1):
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
