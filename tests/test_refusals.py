@@ -416,7 +416,11 @@ def test_a_signal_to_a_verb_that_saves_nothing(
 
     monkeypatch.setattr("preftune.cli.report.run", stopped)
     before = signal.getsignal(signal.SIGTERM)
-    answer = call(capsys, "report", "a_run", "--json")
+    started = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
+    try:
+        answer = call(capsys, "report", "a_run", "--json")
+    finally:
+        signal.signal(signal.SIGINT, started)
     assert (answer.code, answer.error["code"]) == (code, "interrupted")
     assert answer.err == f"preftune: stopped by {number.name}\n"
     assert signal.getsignal(signal.SIGTERM) == before
