@@ -399,3 +399,17 @@ def test_a_turn_that_ends_in_the_end_token_is_continued_after_it() -> None:
     (prompt,) = render_prompts([group], tokenizer)
     scored = render([group], tokenizer).sequences[0]
     assert prompt == scored.ids[: scored.start] and prompt[-1] == tokenizer.eos_token_id
+
+
+def test_the_plain_form_drops_what_it_has_no_words_for_and_says_so() -> None:
+    call = {"tool_calls": [{"function": {"name": "look_up", "arguments": {}}}]}
+    asked = tiny.turns("What is the time?")
+    calls = tiny.pair(asked, (Message("assistant", "", call),), tiny.turns("no idea", first="assistant"), row=3)
+    tools = replace(
+        tiny.pair(asked, *(tiny.turns(t, first="assistant") for t in ("noon", "no")), row=4), tools=({"name": "x"},)
+    )
+    plain = tiny.pair(asked, *(tiny.turns(t, first="assistant") for t in ("noon", "no")), row=5)
+    batch = render([calls, tools, plain], tiny.tokenizer())
+    assert len(batch.groups) == 1 and len(batch) == 2
+    assert {(f.row, f.code) for f in batch.findings} == {(3, "template_error"), (4, "template_error")}
+    assert all("no words for tool" in f.message for f in batch.findings)

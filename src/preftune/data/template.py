@@ -16,7 +16,10 @@ log = logging.getLogger("preftune")
 UNSAID_PLAIN = "the tokenizer has no chat template: messages are rendered with data.template=plain"
 # messages as the dialogue text of the HH data: a blank line, the speaker, a colon, the words; the end token after the last
 _DIALOGUE = (
+    "{% if tools %}{{ raise_exception('the plain form has no words for tools: give data.template=FILE') }}{% endif %}"
     "{% for message in messages %}"
+    "{% if message['tool_calls'] %}"
+    "{{ raise_exception('the plain form has no words for tool calls: give data.template=FILE') }}{% endif %}"
     "{% if message['role'] == 'system' %}{{ message['content'] }}"
     "{% else %}{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant'}.get(message['role'], message['role'] | capitalize)"
     " + ': ' + message['content'] }}{% endif %}"
