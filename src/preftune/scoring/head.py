@@ -16,8 +16,9 @@ from torch.autograd import Function
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-# float32 entries of logits held at once, in each of at most three tensors: 2^25 are 128 MiB
-BLOCK = 2**25
+# float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches can hold
+BLOCK, CPU_BLOCK = 2**25, 2**20
+FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
 
 Value = Literal["entropy", "top1"]
 
@@ -48,7 +49,7 @@ class Head:
         if self.plain:
             return _LinearLogp.apply(hidden, self.output.weight, self.output.bias, targets)  # pyright: ignore
         parts: list[Tensor] = []
-        rows = max(1, BLOCK // self.output.weight.shape[0])
+        rows = _block(self.output.weight.shape[0], hidden.device)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
             graph = torch.is_grad_enabled()
             parts.append(checkpoint(self._logp, h, t, use_reentrant=False) if graph else self._logp(h, t))  # pyright: ignore
@@ -58,7 +59,7 @@ class Head:
         """[N] each, without a graph: `entropy` in nats; `top1`, the likeliest token."""
         found: dict[Value, list[Tensor]] = {name: [] for name in want}
         with torch.no_grad():
-            for h in hidden.split(max(1, BLOCK // self.output.weight.shape[0])):
+            for h in hidden.split(_block(self.output.weight.shape[0], hidden.device)):
                 log_p = torch.log_softmax(self.logits(h).float(), -1)
                 if "entropy" in found:
                     found["entropy"].append(-(log_p.exp() * log_p).sum(-1))
@@ -86,6 +87,11 @@ class Head:
             return torch.equal(self.logits(rows), linear(rows, weight, self.output.bias))
 
 
+def _block(others: int, device: torch.device) -> int:
+    """How many rows (columns) of logits at once, where there are so many columns (rows)."""
+    return max(FEWEST, (CPU_BLOCK if device.type == "cpu" else BLOCK) // others)
+
+
 class _LinearLogp(Function):
     """log softmax(W h + b)[target], one row per token. Saved for the backward pass: one float per row, not V.
 
@@ -95,13 +101,15 @@ class _LinearLogp(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        rows = max(1, BLOCK // weight.shape[0])
+        rows = _block(weight.shape[0], weight.device)
         log_z: list[Tensor] = []
         logp: list[Tensor] = []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = linear(h, weight, bias).float()
-            log_z.append(logits.logsumexp(-1))
-            logp.append(logits.gather(-1, t[:, None]).squeeze(-1) - log_z[-1])
+            at = logits.gather(-1, t[:, None]).squeeze(-1)
+            # one pass over each row; logsumexp takes four, with a copy of all rows
+            logp.append(torch.log_softmax(logits, -1).gather(-1, t[:, None]).squeeze(-1))
+            log_z.append(at - logp[-1])
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(log_z))
         return torch.cat(logp)
 
@@ -111,14 +119,15 @@ class _LinearLogp(Function):
         for_hidden, for_weight, for_bias, _ = ctx.needs_input_grad
         g = gradients[0][:, None].float()
         # blocks of the vocabulary, each with all rows: a row of W then gets its whole gradient in one product
-        columns = max(1, BLOCK // max(1, len(hidden)))
+        columns = _block(max(1, len(hidden)), weight.device)
         whole = columns >= len(weight)
         d_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if whole else torch.float32) if for_hidden else None
         d_weight = torch.empty_like(weight) if for_weight else None
         d_bias = torch.empty_like(bias) if for_bias else None
         for first in range(0, len(weight), columns):
             w, b = weight[first : first + columns], None if bias is None else bias[first : first + columns]
-            gradient = linear(hidden, w, b).float().sub_(log_z[:, None]).exp_().mul_(-g)
+            logits = linear(hidden, w, b).float()
+            gradient = (torch.softmax(logits, -1) if whole else logits.sub_(log_z[:, None]).exp_()).mul_(-g)
             inside = (targets >= first) & (targets < first + columns)
             places = inside.nonzero().flatten()
             gradient[places, targets[places] - first] += g[places, 0]
