@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=4096, help="preftune's tokens per micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="TRL's micro-batches that are tried")
+    parser.add_argument("--no-checkpointing", action="store_true", help="leave TRL's gradient checkpointing out of the search")
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--out", type=Path, default=HERE / "results")
     words = parser.parse_args()
@@ -90,7 +92,8 @@ def main() -> None:
         best: dict[str, Any] = {"how": {**mode, "tokens": words.tokens, "share": False}}
     else:
         other, rival = words.trl, "trl"
-        hows = [{**mode, "batch": b, "accumulation": batch // b, "checkpointing": c} for c in (False, True) for b in SIZES]
+        tried = [False] if words.no_checkpointing else [False, True]
+        hows = [{**mode, "batch": b, "accumulation": batch // b, "checkpointing": c} for c in tried for b in words.sizes]
         grid = [arm(other, rival, folder, how) for how in hows if batch % how["batch"] == 0]
         best = min((found for found in grid if "median" in found), key=lambda found: found["median"])
     ours: list[dict[str, Any]] = []
