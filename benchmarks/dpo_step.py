@@ -110,7 +110,7 @@ def main() -> None:
     print(f"{words.profile}, {words.dtype}: {speed}; memory {memory:.2f}x")
     words.out.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": " ".join(["python", "benchmarks/dpo_step.py", "--profile", words.profile, "--dtype", words.dtype]),
+        "settings": {name: getattr(words, name) for name in ("tokens", "repeats", "sizes", "no_checkpointing")},
         "profile": words.profile,
         "dtype": words.dtype,
         "batch": batch,
