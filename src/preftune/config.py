@@ -44,6 +44,10 @@ class MethodOptions(Group):
 
 class ReferenceOptions(Group):
     model: Place | None = Field(default=None, description="Folder, hub name or run; absent: the starting policy.")
+    store: Place | None = Field(
+        default=None,
+        description="train: file that keeps reference log-probabilities for later runs, or off; absent: in the user's cache.",
+    )
 
 
 _METHOD = Field(default=MethodOptions(), description="Short for method.name.")
@@ -383,7 +387,9 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     if result.get("out"):
         result["out"] = str(Path(result["out"]).absolute())
     if "reference" in result:
-        result["reference"] = {**result["reference"], "model": path(result["reference"]["model"])}
+        store = result["reference"]["store"]  # a file that need not be there yet
+        store = store if store in (None, "off") else str(Path(store).absolute())
+        result["reference"] = {"model": path(result["reference"]["model"]), "store": store}
     for key in ("data", "prompts"):
         if result.get(key):
             sources = [{**s, "path": path(s["path"])} for s in result[key]["sources"]]

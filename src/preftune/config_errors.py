@@ -64,7 +64,6 @@ ELSEWHERE = {
 
 LATER = (
     "resume",
-    "reference.store",
     "reference.sync_steps",
     "method.divergence",
     "method.weighting",

@@ -6,6 +6,7 @@ import logging
 import signal as signals
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from preftune.training import trackers
 
 if TYPE_CHECKING:
     from preftune.runs.trainer import Progress, Run
+    from preftune.scoring.store import Store, Stored
     from preftune.training.signals import Stop
 
 log = logging.getLogger("preftune")
@@ -63,6 +65,7 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | dict[st
         longest,
         positions_of,
     )
+    from preftune.scoring.store import Stored, digest_of, open_store
     from preftune.training.memory import keep_freed_memory
     from preftune.training.precision import DTYPES, default_dtype
 
@@ -83,9 +86,15 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | dict[st
     # weights that train are loaded in float32; under an adapter the frozen ones stay in the compute precision
     frozen = known.adapter or keys.adapter.type != "none"
     model = load(model_ref) if frozen else load(model_ref, dtype=torch.float32)
-    first = other() if other else None  # before a folder is made: it may not be loadable
+    store = open_store(keys.reference.store) if methods.NEEDS[data.method].reference else None
+    identity = store.digest(reference_ref or model_ref) if store else None  # None: files that are not here
+    known_all = store and identity and _has_all(Stored(store, identity, dtype, model.device.type), rendered, keys)
+    # before a folder is made: it may not be loadable. With nothing left to score it was, from the same files
+    first = other() if other and not known_all else None
     check_tokenizer(model, tokenizer, first)
-    sources = References(other=_first_then(first, other) if other else None, again=partial(load, model_ref))
+    identity = identity or (digest_of(first or model) if store else None)
+    other = _first_then(first, other) if other else None
+    sources = References(other=other, again=partial(load, model_ref), store=store, identity=identity)
     del first
     return _go(model, tokenizer, rendered, data.method, keys, sources, out, model_ref, progress)
 
@@ -97,6 +106,7 @@ def fit(
     *,
     method: str | None = "dpo",
     reference: Any = None,
+    reference_store: str | Path | None = None,
     eval_groups: Sequence[Group] | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -110,6 +120,7 @@ def fit(
         groups: from `preftune.read`.
         method: `sft` or `dpo`; None: by the kind of marks.
         reference: another model; None: `model` as it is now.
+        reference_store: file that keeps reference log-probabilities for later runs, or "off"; None: in the user's cache.
         eval_groups: held-out groups; None: 5 % of the prompts by hash.
         out: a run folder to write; None: no files.
         progress: called with (phase, done, total, last metrics).
@@ -127,9 +138,11 @@ def fit(
     """
     from preftune.models.adapters import is_adapter
     from preftune.models.load import check_tokenizer, longest, max_positions
+    from preftune.scoring.store import digest_of, open_store
 
     _check_fit_keys(keys, adapted=is_adapter(model))
-    options = build(TrainKeys, {"model": str(getattr(model, "name_or_path", "")), "data": {}, **keys})
+    kept = {"store": None if reference_store is None else str(reference_store)}
+    options = build(TrainKeys, {"model": str(getattr(model, "name_or_path", "")), "data": {}, "reference": kept, **keys})
     _check_merge(options, adapted=is_adapter(model))
     check_tokenizer(model, tokenizer, reference)
     trackers.check(options.train.trackers)
@@ -141,7 +154,10 @@ def fit(
     rendered = _rendered(data, tokenizer, options, limit)
     adapter = is_adapter(model) or options.adapter.type != "none"
     options = _resolved(options, name, folder, limit, adapter=adapter)
-    sources = References(other=None if reference is None else lambda: reference, again=None)
+    store = open_store(options.reference.store) if methods.NEEDS[name].reference else None
+    identity = digest_of(model if reference is None else reference) if store else None
+    other = None if reference is None else lambda: reference
+    sources = References(other=other, again=None, store=store, identity=identity)
     return _go(model, tokenizer, rendered, name, options, sources, folder, options.model, progress)
 
 
@@ -175,15 +191,31 @@ def _check_fit_keys(keys: dict[str, Any], *, adapted: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """How to get another reference model, and the starting policy once more after training; None: there is none."""
+    """How to get another reference model, and the starting policy once more after training; None: there is none.
+
+    store, identity: where the reference's values are kept, and what it is known by there.
+    """
 
     other: Callable[[], Any] | None
     again: Callable[[], Any] | None
+    store: Store | None
+    identity: bytes | None
+
+
+def _has_all(stored: Stored, rendered: Rendered, keys: TrainKeys) -> bool:
+    """Whether no reference value of a resolved run is left to be scored."""
+    from preftune.evaluation.held_out import needed_rows
+    from preftune.runs.trainer import plan_of, planned_rows
+
+    method = methods.make(keys.method.name or "", beta=keys.beta)
+    rows = planned_rows(rendered.train, plan_of(method, rendered.train, keys))
+    with closing(stored.store):
+        return stored.has(rendered.train, rows) and stored.has(rendered.held, needed_rows(rendered.held, method))
 
 
 def _first_then(first: Any, again: Callable[[], Any]) -> Callable[[], Any]:
-    """What is loaded already, given away once so that nothing here keeps it; then loaded anew."""
-    held = [first]
+    """What is loaded already, if it is, given away once so that nothing here keeps it; then loaded anew."""
+    held = [] if first is None else [first]
     return lambda: held.pop() if held else again()
 
 
@@ -229,6 +261,7 @@ def _compute(
     from preftune.models.load import save_model
     from preftune.runs.trainer import Job, run
     from preftune.scoring.scorer import require_sharing
+    from preftune.scoring.store import Stored
     from preftune.training.precision import DTYPES, cast_parameters, default_dtype
 
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(model.device)
@@ -246,6 +279,9 @@ def _compute(
         model.requires_grad_(True)
     if keys.train.sharing == "require":
         require_sharing(model)
+    stored = None
+    if sources.store and sources.identity:
+        stored = Stored(sources.store, sources.identity, dtype, model.device.type)
     job = Job(
         model=adapter_dropout_on(model.eval()),
         tokenizer=tokenizer,
@@ -257,6 +293,7 @@ def _compute(
         new_adapter=new_adapter,
         load_reference=sources.other,
         load_start=sources.again,
+        stored=stored,
         out=out,
         **({"progress": progress} if progress else {}),
     )

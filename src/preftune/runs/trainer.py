@@ -13,6 +13,7 @@ import signal as signals
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +34,7 @@ from preftune.models.load import save_model
 from preftune.records import Group
 from preftune.scoring.score import score_logp
 from preftune.scoring.selfcheck import check_start
+from preftune.scoring.store import Stored
 from preftune.training import trackers
 from preftune.training.method import Method
 from preftune.training.precision import Weights, in_precision
@@ -42,6 +44,7 @@ from preftune.training.steps import Plan, plan, steps
 log = logging.getLogger("preftune")
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]  # phase, done, total, last metrics
+Keep = Callable[[list[int], list[Tensor]], None]  # rows of a pass, and nats of each scored token of each
 SAMPLES = 20  # prompts answered before and after
 NEW_TOKENS = 128
 
@@ -66,6 +69,7 @@ class Job:
 
     `load_reference` gives another model as reference; None: the reference is the starting policy.
     `load_start` gives the starting policy once more, for the KL after training; None where it is gone.
+    `stored` has what earlier runs scored with the same reference; None: nothing is taken from a store or put into one.
     """
 
     model: Any
@@ -78,6 +82,7 @@ class Job:
     new_adapter: bool = False
     load_reference: Callable[[], Any] | None = None
     load_start: Callable[[], Any] | None = None
+    stored: Stored | None = None
     out: Path | None = None
     progress: Progress = lambda phase, done, total, line: None
 
@@ -95,7 +100,7 @@ def run(job: Job, stop: Stop) -> Run:
     """
     keys = job.keys
     weights = Weights(job.model, job.dtype)
-    the_plan = _plan(job)
+    the_plan = plan_of(job.method, job.train, keys)
     result = Run(job.model, job.method.name, out=job.out)
     rows = needed_rows(job.held, job.method)
     with _open_metrics(job) as sink, _seeded(keys.seed):
@@ -174,11 +179,11 @@ def _stop_here(stop: Stop) -> None:
         raise _Stopped
 
 
-def _plan(job: Job) -> Plan:
-    keys = job.keys
+def plan_of(method: Method, batch: Batch, keys: TrainKeys) -> Plan:
+    """The steps that a resolved run takes over its training data."""
     assert keys.learning_rate is not None, "resolved before a run starts"
     return plan(
-        job.method.examples(job.train.groups),
+        method.examples(batch.groups),
         batch_size=keys.batch_size,
         epochs=keys.epochs,
         steps=keys.steps,
@@ -186,6 +191,12 @@ def _plan(job: Job) -> Plan:
         learning_rate=keys.learning_rate,
         options=keys.train,
     )
+
+
+def planned_rows(batch: Batch, the_plan: Plan, steps: int | None = None) -> list[int]:
+    """The responses that the first steps of a plan use, all steps where none are named."""
+    examples = (e for _, examples in the_plan.batches[:steps] for e in examples)
+    return list(dict.fromkeys(batch.index(e.group, r) for e in examples for r in e.responses))
 
 
 # -- reference and held-out figures -------------------------------------------------------------------------------------
@@ -197,30 +208,84 @@ def _references(
     """Reference logp of every training response the plan uses, and of the held-out ones; checked where it must be 0."""
     if not job.method.needs_reference:
         return None, None
-    used = [job.train.index(e.group, r) for _, examples in the_plan.batches for e in examples for r in e.responses]
-    rows = list(dict.fromkeys(used))
-    # before the first step the policy itself is the reference: it is scored once, and no second model is kept
-    model = in_precision(job.load_reference(), job.dtype) if job.load_reference else weights.compute
-    off: AbstractContextManager[None] = adapter_off(model) if job.new_adapter and not job.load_reference else nullcontext()
-    with off:
-        reference = _scored(job, model, job.train, rows, "reference", stop)
-        held = _scored(job, model, job.held, held_rows, "reference", stop)
-    del model
-    first = list(dict.fromkeys(job.train.index(e.group, r) for e in the_plan.batches[0][1] for r in e.responses))
-    policy = _scored(job, weights.compute, job.train, first, "check", stop)
-    if job.load_reference is None:
-        worst = check_start(policy, reference, job.train, first, dtype=job.dtype)
-        log.info(f"start check: policy and reference agree to {worst:.1e} nats per token")
-    else:
-        ratio = (policy - reference)[first]
-        log.info(f"the reference is another model: log-ratios of the first batch {ratio.mean():.3g} +- {ratio.std():.3g} nats")
-    return reference, held
+    rows, first = planned_rows(job.train, the_plan), planned_rows(job.train, the_plan, steps=1)
+    with contextlib.closing(_Reference(job, weights, stop)) as source:
+        # the first batch by itself: what does not pass the check is not kept for other runs
+        fresh: dict[int, Tensor] = {}
+        reference = source.logp(job.train, first, lambda rows, tokens: fresh.update(zip(rows, tokens, strict=True)))
+        policy = _scored(job, weights.compute, job.train, first, "check", stop)
+        if job.load_reference is None:
+            try:
+                worst = check_start(policy, reference, job.train, first, dtype=job.dtype)
+            except RunFailed as error:
+                error.message += source.doubt()
+                raise
+            log.info(f"start check: policy and reference agree to {worst:.1e} nats per token")
+        else:
+            ratio = (policy - reference)[first]
+            log.info(
+                f"the reference is another model: log-ratios of the first batch {ratio.mean():.3g} +- {ratio.std():.3g} nats"
+            )
+        source.keep(job.train, list(fresh), list(fresh.values()))
+        later = source.logp(job.train, rows[len(first) :])
+        held = source.logp(job.held, held_rows)
+        if job.stored:
+            total = len(rows) + len(held_rows)
+            log.info(f"reference: {source.found:,} of {total:,} responses from {job.stored.store.path}")
+    return torch.where(reference.isnan(), later, reference), held
 
 
-def _scored(job: Job, model: Any, batch: Batch, rows: list[int], phase: str, stop: Stop) -> Tensor:
+class _Reference:
+    """Reference values: from the store what it has, the others by the model, which is loaded for the first of them."""
+
+    def __init__(self, job: Job, weights: Weights, stop: Stop) -> None:
+        self.job, self.weights, self.stop = job, weights, stop
+        self.found = 0  # responses that the store had
+
+    @cached_property
+    def model(self) -> Any:
+        # before the first step the policy itself is the reference: it is scored once, and no second model is kept
+        job = self.job
+        return in_precision(job.load_reference(), job.dtype) if job.load_reference else self.weights.compute
+
+    def logp(self, batch: Batch, rows: list[int], keep: Keep | None = None) -> Tensor:
+        """[len(batch)] nats of these rows. `keep` is given what the model scored; None: the store is."""
+        job = self.job
+        known = job.stored.find(batch, rows) if job.stored else {}
+        missing = [row for row in rows if row not in known]
+        values = torch.full((len(batch),), float("nan"))
+        if missing:
+            own_base = job.new_adapter and not job.load_reference
+            off: AbstractContextManager[None] = adapter_off(self.model) if own_base else nullcontext()
+            with off:
+                values = _scored(job, self.model, batch, missing, "reference", self.stop, keep or partial(self.keep, batch))
+        for row, tokens in known.items():
+            values[row] = tokens.sum()
+        self.found += len(known)
+        return values
+
+    def keep(self, batch: Batch, rows: list[int], tokens: list[Tensor]) -> None:
+        if self.job.stored:
+            self.job.stored.put(batch, rows, tokens)
+
+    def doubt(self) -> str:
+        """What else may be wrong where policy and reference differ."""
+        if not self.job.stored or not self.found:
+            return ""
+        return (
+            f" {self.found:,} of the reference values are from {self.job.stored.store.path}: reference.store=off goes without "
+            "them, and without that file they are scored anew"
+        )
+
+    def close(self) -> None:
+        if self.job.stored:
+            self.job.stored.store.close()
+
+
+def _scored(job: Job, model: Any, batch: Batch, rows: list[int], phase: str, stop: Stop, keep: Keep | None = None) -> Tensor:
     options, advance = job.keys.train, _counted(job, phase, len(rows), stop)
     budget, share = options.tokens_per_microbatch, options.sharing != "off"
-    return score_logp(model, batch, rows, tokens_per_microbatch=budget, share=share, progress=advance)
+    return score_logp(model, batch, rows, tokens_per_microbatch=budget, share=share, progress=advance, keep=keep)
 
 
 def _counted(job: Job, phase: str, total: int, stop: Stop) -> Callable[[int], None]:

@@ -98,8 +98,12 @@ def score_logp(
     tokens_per_microbatch: int | None = None,
     share: bool = True,
     progress: Callable[[int], None] | None = None,
+    keep: Callable[[list[int], list[Tensor]], None] | None = None,
 ) -> Tensor:
     """[len(batch)] logp of the asked rows without a graph, on the CPU; NaN where a row was not asked.
+
+    Args:
+        keep: given the rows of each pass and [length] nats of each scored token of theirs, on the CPU.
 
     Raises:
         RunFailed: a log-probability that is not finite.
@@ -110,8 +114,12 @@ def score_logp(
         scorer = Scorer(model, share=share)
         for places in passes(scorer, batch, [[row] for row in rows], tokens_per_microbatch):
             chosen = [rows[p] for p in places]
-            values[chosen] = scorer([batch.sequences[r] for r in chosen]).logp.cpu()
+            scored = scorer([batch.sequences[r] for r in chosen])
+            tokens = list(scored.token_logp.cpu().split(scored.lengths))
+            values[chosen] = torch.stack([each.sum() for each in tokens])
             check_finite(values[chosen], batch, chosen)
+            if keep:
+                keep(chosen, tokens)
             if progress:
                 progress(len(chosen))
     return values
