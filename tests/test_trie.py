@@ -214,8 +214,9 @@ def test_bf16_shared_is_as_near_to_float32_as_bf16_alone(small: int, monkeypatch
     sequences = rows()
     with torch.no_grad():
         true = one_by_one(exact, sequences)
-        shared, alone = Scorer(model)(sequences), Scorer(model, share=False)(sequences)
-    assert shared.logp.dtype == torch.float32
+        score = Scorer(model)
+        shared, alone = score(sequences), Scorer(model, share=False)(sequences)
+    assert score.shares and shared.logp.dtype == torch.float32
     errors = [float((found.logp - true).abs().mean()) for found in (shared, alone)]
     assert 0 < errors[0] < 1.25 * errors[1] < 1.0
 
@@ -227,7 +228,9 @@ def test_bf16_gradients_by_products_are_those_of_the_fused_attention(monkeypatch
     sequences, weight = rows(), torch.linspace(-1, 1, len(rows()))
     for each, small in ((model, 2**18), (fused, 0), (exact, 0)):
         monkeypatch.setattr(attention, "SMALL", small)
-        (Scorer(each)(sequences).logp * weight).sum().backward()
+        score = Scorer(each)
+        assert score.shares
+        (score(sequences).logp * weight).sum().backward()
     off = [
         torch.stack([(p.grad.float() - q.grad).norm() for p, q in zip(m.parameters(), exact.parameters(), strict=True)]).norm()
         for m in (model, fused)
