@@ -205,7 +205,6 @@ def test_a_second_micro_batch_makes_no_tensor_as_large_as_the_weight(
 ) -> None:
     for name, size in (("CPU_BLOCK", 800), ("PART", 800), ("FEWEST", 1)):
         monkeypatch.setattr(head, name, size)
-    monkeypatch.setattr(precision, "_PART", 500)
     weights = Weights(tiny.model("untied"), dtype)
     own = head.Head(weights.compute)
     hidden, targets = torch.randn(30, 16, dtype=dtype, requires_grad=True), torch.arange(30)
