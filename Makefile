@@ -27,6 +27,9 @@ test: $(READY)    ## lint, types and tests, as CI runs them
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
 
+proof: $(READY)   ## the paper's experiments, redone: figures and pictures into docs/proofs
+	set -e; for script in proofs/[a-z]*_*.py; do $(BIN)/python $$script; done
+
 mutate: $(READY)  ## break the source on purpose, one small change at a time: every parity test must fail
 	$(BIN)/python tests/mutate.py
 
@@ -52,4 +55,4 @@ bench: $(READY)  ## every benchmark, hours: make bench TRL=<python that has trl>
 	done
 	$(BIN)/python benchmarks/split.py --dtypes $(DTYPES)
 
-.PHONY: help setup demo test mutate bench model clean
+.PHONY: help setup demo test proof mutate bench model clean

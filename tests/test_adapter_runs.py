@@ -22,7 +22,7 @@ from torch import Tensor
 import preftune
 from preftune.config import TrainKeys, resolve
 from preftune.data.render import render, render_prompts
-from preftune.errors import Refusal, RunFailed
+from preftune.errors import Refusal
 from preftune.evaluation.kl import kl_per_response
 from preftune.generation.sample import Sampling, sample
 from preftune.models import adapters
@@ -107,10 +107,11 @@ def test_virtual_tokens_move_the_policy_and_the_reference_is_its_base(
 
 
 @pytest.mark.parametrize("kind", VIRTUAL)
-def test_a_base_that_is_not_its_reference_stops_the_run(
-    kind: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_base_that_is_not_its_reference_is_noticed(
+    kind: str, tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference values are those of an earlier run, and the adapter bends the base."""
+    """The reference values are those of an earlier run, and the adapter bends the base: which is asked without its virtual
+    tokens, and scored anew."""
     store = tmp_path / "reference.sqlite"
     fit(tiny.model(), tokenizer, steps=1, reference_store=store)
     right = adapters.add_adapter
@@ -121,9 +122,9 @@ def test_a_base_that_is_not_its_reference_stops_the_run(
         return made
 
     monkeypatch.setattr(adapters, "add_adapter", bent)
-    with pytest.raises(RunFailed, match=r"are from .*reference\.sqlite") as stopped:
-        fit(tiny.model(), tokenizer, adapter=KINDS[kind], steps=1, reference_store=store)
-    assert stopped.value.code == "start_check"
+    fit(tiny.model(), tokenizer, adapter=KINDS[kind], steps=1, reference_store=store)
+    (line,) = [r.message for r in caplog.records if "values differ" in r.message]
+    assert "more than rounding" in line
 
 
 def test_doras_dropout_is_on_in_steps(tokenizer: Any) -> None:

@@ -162,7 +162,7 @@ def test_a_dry_run_shows_rows_and_writes_nothing(preftune_: Any, place: Path) ->
 
 
 def test_the_plan_of_a_dry_run_is_its_document(preftune_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preftune.runs.train.train", lambda keys, progress: {"steps": 2})
+    monkeypatch.setattr("preftune.runs.train.train", lambda keys, **_: {"steps": 2})
     assert preftune_(*TRAIN, "dry_run=true", "--json").json == {"steps": 2}
 
 
@@ -559,10 +559,20 @@ def test_demo(preftune_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     answer = call(capsys, verb, "--help")
     assert (answer.code, answer.err) == (0, "")
-    assert VERBS[verb].split(".")[0] in answer.out
+    assert VERBS[verb].split(".")[0] in " ".join(answer.out.split())  # lines are as long as the terminal is wide
     for key in all_keys(VERB_KEYS[verb]) if verb in VERB_KEYS else ():
         assert re.search(rf"^ +{re.escape(key)} ", answer.out, re.M), key
     assert {flag for flag in re.findall(r"^ +(--\w+)", answer.out, re.M)} == {"--help", "--json", "--quiet"}
+
+
+def test_help_lists_the_methods_by_their_marks(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = call(capsys, "train", "--help").out.splitlines()
+    (pairs,) = (line for line in lines if line.startswith("    comparisons or rankings: "))
+    assert {"dpo", "simpo", "plackett_luce"} <= set(pairs.split())
+    assert (
+        "    ratings: kto bco_unpaired apo_zero_unpaired" in lines
+        and len({word for line in lines[-4:] for word in line.split()}) > 29
+    )
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

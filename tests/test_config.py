@@ -18,10 +18,10 @@ from preftune.config import (
     all_keys,
     build,
     dump,
-    parse_word,
     resolve,
 )
 from preftune.config_errors import ELSEWHERE, LATER
+from preftune.config_files import parse_word
 from preftune.data.options import Source
 from preftune.errors import Refusal, nearest
 
@@ -116,7 +116,7 @@ def test_a_base_file_stands_below_the_file() -> None:
 def test_null_brings_the_default_back() -> None:
     file = written("run.yaml", "model: m\ndata: d.jsonl\nsteps: 7\nbeta: 0.5\nmethod: sft\ntrain: {eval_every: 5}\n")
     keys = resolve(TrainKeys, [file, "steps=null", "beta=", "method=~", "train.eval_every=null"])
-    assert (keys.steps, keys.beta, keys.method.name, keys.train.eval_every) == (None, 0.1, None, 0)
+    assert (keys.steps, keys.beta, keys.method.name, keys.train.eval_every) == (None, None, None, 0)
 
 
 def test_one_file_serves_every_verb() -> None:
@@ -204,6 +204,31 @@ def test_a_home_folder_in_a_file_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     assert (keys.model, keys.out, keys.reference.model) == ("/home/someone/m", "/home/someone/runs/1", "/home/someone/r")
 
 
+@pytest.mark.parametrize("keys", [TrainKeys, EvaluateKeys])
+def test_a_beta_that_is_not_read_is_refused_as_a_word_and_said_of_a_file(
+    keys: type[Group], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One file may serve several methods, and what an earlier version wrote for SFT names a beta."""
+    file = written("run.yaml", "model: m\ndata: d.jsonl\nbeta: 0.2\n")
+    with caplog.at_level("INFO", "preftune"):
+        found = resolve(keys, [file, "method=sft"])
+    assert found.beta is None and caplog.messages == ["run.yaml: not used by this method: beta"]  # type: ignore[attr-defined]
+    assert resolve(keys, [file, "method=simpo"]).beta == 0.2  # type: ignore[attr-defined]
+    for words in ([file, "method=sft", "beta=0.3"], [*NEEDED, "method=sft", "beta=0.3"]):
+        with pytest.raises(Refusal, match="sft does not read it") as refused:
+            resolve(keys, words)
+        assert (refused.value.key, refused.value.file) == ("beta", None)
+
+
+def test_a_mix_in_a_file_and_in_words() -> None:
+    file = written("run.yaml", "model: m\ndata: d\nmethod: {mix: {dpo: 0.8, sft: 0.2}, pairs: best_vs_rest}\n")
+    assert resolve(TrainKeys, [file]).method.mix == {"dpo": 0.8, "sft": 0.2}
+    assert resolve(TrainKeys, [file, "method.mix.sft=0.5"]).method.mix == {"dpo": 0.8, "sft": 0.5}
+    assert resolve(TrainKeys, [file, "method.mix=null", "method=simpo"]).method.name == "simpo"
+    with pytest.raises(Refusal, match=r"method\.name=null or method\.mix=null"):
+        resolve(TrainKeys, [file, "method=simpo"])
+
+
 def test_the_same_beta_is_run_once() -> None:
     assert resolve(DemoKeys, ["betas=[0.1, 0.05, 0.1]"]).betas == [0.1, 0.05]
 
@@ -224,7 +249,9 @@ EVERYTHING = [
     "data.template=t.jinja",
     "eval_data=d.jsonl",
     "reference=r",
-    "method=dpo",
+    "method=rpo",
+    "method.alpha=0.5",
+    "beta=0.2",
     "adapter=lora",
     "adapter.target_modules=[q_proj, 'no', '1e3']",
     "learning_rate=1e-6",
@@ -270,7 +297,7 @@ def test_plain_is_a_template_and_no_path() -> None:
 def test_a_dump_without_words_is_all_defaults() -> None:
     keys = resolve(TrainKeys, [written("config.yaml", dump(train()))])
     assert keys.model_dump() == {**train().model_dump(), "out": None}
-    assert (keys.beta, keys.batch_size, keys.epochs, keys.steps, keys.seed) == (0.1, 32, 1.0, None, 0)
+    assert (keys.beta, keys.batch_size, keys.epochs, keys.steps, keys.seed) == (None, 32, 1.0, None, 0)
     assert keys.train.eval_every == 0
 
 
@@ -285,7 +312,7 @@ def test_every_key_says_what_it_is(verb: str, keys: type[Group]) -> None:
 
 def test_help_names_defaults() -> None:
     keys = all_keys(TrainKeys)
-    assert keys["beta"].endswith(" [0.1]")
+    assert keys["batch_size"].endswith(" [32]")
     assert keys["overwrite"].endswith(" [false]")
     assert keys["train.schedule"].endswith(" [cosine]")
     assert not keys["steps"].endswith("]")

@@ -22,7 +22,8 @@ from preftune.evaluation.evaluate import compare
 from preftune.evaluation.held_out import held_out, method_metrics, needed_rows
 from preftune.evaluation.intervals import mean_interval
 from preftune.evaluation.kl import kl_per_response
-from preftune.evaluation.win_rate import judge, load_scorer, win_rate
+from preftune.evaluation.win_rate import win_rate
+from preftune.functions import judge, load_function
 from preftune.generation.sample import Sample
 from preftune.records import Comparison, Group
 from preftune.scoring.score import score
@@ -60,7 +61,7 @@ MARGINS = [2.0, -3.0, -2.0, 0.0, 3.0]  # chosen minus rejected of the log-ratios
 
 def test_accuracy_by_hand_with_ties_and_margins_of_zero() -> None:
     dpo = methods.make("dpo", beta=0.5)
-    found = held_out(HAND, dpo, POLICY, REFERENCE, beta=0.5)
+    found = held_out(HAND, dpo, POLICY, REFERENCE)
     assert set(found) == KEYS
     assert (found["comparisons"], found["prompts"]) == (5, 4)
     assert found["accuracy"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)
@@ -81,7 +82,7 @@ def test_held_out_loss_is_weighted_as_a_training_step_is() -> None:
 
 
 def test_without_a_reference_what_needs_one_is_null() -> None:
-    found = held_out(HAND, methods.make("dpo", beta=0.5), POLICY, None, beta=0.5)
+    found = held_out(HAND, methods.make("dpo", beta=0.5), POLICY, None)
     assert {k for k, v in found.items() if v is None} == {
         *("demonstrations", "accuracy", "accuracy_interval", "margin", "loss", "kl", "kl_samples", "kl_interval")
     }
@@ -90,9 +91,9 @@ def test_without_a_reference_what_needs_one_is_null() -> None:
 
 def test_only_ties_and_nothing_at_all_give_null() -> None:
     dpo = methods.make("dpo", beta=0.5)
-    ties = held_out(batch_of((2, (Comparison(0, 1, 0.5),))), dpo, POLICY[:2], REFERENCE[:2], beta=0.5)
+    ties = held_out(batch_of((2, (Comparison(0, 1, 0.5),))), dpo, POLICY[:2], REFERENCE[:2])
     assert (ties["accuracy"], ties["accuracy_interval"], ties["comparisons"]) == (None, None, 1)
-    empty = held_out(Batch((), ()), dpo, torch.zeros(0), torch.zeros(0), beta=0.5)
+    empty = held_out(Batch((), ()), dpo, torch.zeros(0), torch.zeros(0))
     assert (empty["accuracy"], empty["loss"], empty["margin"], empty["comparisons"]) == (None, None, None, 0)
 
 
@@ -166,7 +167,7 @@ def test_accuracy_intervals_are_drawn_over_prompts() -> None:
     marks = tuple(Comparison(n, n + 1) for n in range(0, 20, 2))
     batch = batch_of(*[(20, marks)] * 8)
     logp = torch.tensor([(-1.0 if (n % 2 == 0) == (g < 4) else -2.0) for g in range(8) for n in range(20)])
-    found = held_out(batch, methods.make("dpo", beta=0.5), logp, torch.zeros(160), beta=0.5)
+    found = held_out(batch, methods.make("dpo", beta=0.5), logp, torch.zeros(160))
     assert found["accuracy"] == 0.5
     assert found["accuracy_interval"][1] - found["accuracy_interval"][0] > 0.5
 
@@ -191,7 +192,7 @@ def test_a_scorer_has_to_give_one_finite_number_per_response(values: list[float]
 @pytest.mark.parametrize("name", ["math", "nowhere_at_all:f", "math:nothing", "math:pi"])
 def test_a_scorer_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(Refusal) as refused:
-        load_scorer(name)
+        load_function(name, "scorer")
     assert (refused.value.code, refused.value.key) == ("bad_scorer", "scorer")
 
 
@@ -324,3 +325,13 @@ def test_no_room_for_a_sample_costs_the_kl_alone(model: Any, tokenizer: Any, cap
     keys = {"reference": full, "too_long": "truncate_prompt_start"}
     found = preftune.evaluate(full, tokenizer, groups, max_length=full.config.max_position_embeddings, **keys)
     assert found["accuracy"] == 0.5 and (found["kl"] is None) == ("no KL" in caplog.text)
+
+
+def test_kl_of_a_model_whose_frequencies_follow_the_longest_row_is_that_of_each_row_alone() -> None:
+    """longrope: a row over the limit does not change those within it."""
+    factors = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 6.0], "factor": 4.0, "original_max_position_embeddings": 24}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+    policy, base = (tiny.model(seed=seed, positions=96, rope_parameters=rope) for seed in (0, 1))
+    samples = [Sample(n, 0, tuple(range(3, 3 + long)), (7, 8, 9), "", "length") for n, long in enumerate((6, 40, 9))]
+    together = kl_per_response(policy, base, samples)
+    assert together == pytest.approx([kl_per_response(policy, base, [s])[0] for s in samples], rel=1e-4)

@@ -183,6 +183,7 @@ def test_one_call_of_attention_is_node_by_node(
     ways = (flex.attend(*leaves[:3], layout.blocks, **how), attention._node_by_node(*leaves[:3], layout, **how))
     slope = torch.randn(ways[0].shape, generator=draw).to(dtype)
     found, expected = ([out.detach(), *torch.autograd.grad(out, leaves, slope)] for out in ways)
+    assert all(out.is_contiguous() for out in ways)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == dtype and attention.apart(ours, theirs) < (1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -273,7 +274,9 @@ def test_where_it_fails_attention_runs_node_by_node_and_says_so_once(
 
 
 def test_a_model_that_cannot_share_says_only_that(fused: None, caplog: pytest.LogCaptureFixture) -> None:
-    assert not Scorer(build("StableLm", {})).shares
+    score = Scorer(build("StableLm", {}))
+    score(rows())
+    assert not score.shares
     (line,) = [r.message for r in caplog.records if r.name == "preftune"]
     assert "its own copy of the prompt" in line
 

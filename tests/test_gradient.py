@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,27 @@ import pytest
 import tiny
 import tolerances
 import torch
+from command import PAIRS, write_model, write_rows
+from test_trie import ALONE, SHARING, build
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import preftune
+from preftune import losses, methods
+from preftune.config import TrainKeys, resolve
 from preftune.data.render import Batch, render
 from preftune.errors import RunFailed
-from preftune.methods.dpo import DPO
+from preftune.methods.pairs import Pairwise
+from preftune.models import randomness
 from preftune.models.adapters import adapter_dropout_on, add_adapter
 from preftune.models.options import AdapterOptions
-from preftune.scoring.score import passes, score
+from preftune.runs.doctor import expect
+from preftune.runs.train import train
+from preftune.scoring import head
+from preftune.scoring.score import default_budget, passes, score
 from preftune.scoring.scorer import Scorer
-from preftune.training import estimate, memory
+from preftune.training import estimate, memory, precision
 from preftune.training.estimate import Estimate, kept_bytes, pass_tokens
 from preftune.training.gradient import Step, backward
 from preftune.training.method import Scored
@@ -28,10 +40,12 @@ from preftune.training.precision import Weights
 from preftune.training.steps import Plan, steps
 
 
-class AgainstTheMean(DPO):
+class AgainstTheMean(Pairwise):
     """Every margin against the mean margin of the batch: no example's loss is its own."""
 
-    separable = False
+    def __init__(self, beta: float) -> None:
+        super().__init__("dpo", losses.dpo, beta=beta)
+        self.separable = False
 
     def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
         assert scored.reference_logp is not None
@@ -88,11 +102,142 @@ def test_an_adapters_dropout_falls_the_same_way_in_both_passes(tokenizer: Any, m
     assert not torch.equal(scorer([batch.sequences[0]]).logp, scorer([batch.sequences[0]]).logp), "there is dropout"
 
 
+class Other:
+    """A device's module with a generator of its own, as torch has one for every kind of accelerator."""
+
+    def __init__(self) -> None:
+        self.state, self.asked = torch.zeros(2, dtype=torch.uint8), list[torch.device]()
+
+    def get_rng_state(self, device: torch.device) -> Tensor:
+        self.asked.append(device)
+        return self.state.clone()
+
+    def set_rng_state(self, state: Tensor, device: torch.device) -> None:
+        self.asked.append(device)
+        self.state = state
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps", "xpu"])
+def test_random_states_are_those_of_the_device_whatever_its_kind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of no other: of a machine with many, each would have to be asked."""
+    device, module = torch.device(name), Other()
+    monkeypatch.setattr(torch, "get_device_module", {device: module}.__getitem__)
+    before = torch.get_rng_state()
+    with randomness.random_state_kept(device):
+        torch.manual_seed(3)
+        module.state += 1
+        told = randomness.random_state(device)
+        module.state += 1
+        torch.rand(2)
+        randomness.set_random_state(device, told)
+        assert module.state.tolist() == [1, 1] and torch.equal(torch.get_rng_state(), told[0])
+    assert module.state.tolist() == [0, 0] and torch.equal(torch.get_rng_state(), before)
+    assert set(module.asked) == {device}
+
+
+@pytest.mark.usefixtures("short_answers", "no_report")
+def test_a_run_draws_from_no_generator_of_the_user(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.random, "fork_rng", None)  # without names it asks all devices, and warns where there are many
+    before = torch.get_rng_state()
+    assert preftune.fit(model, tokenizer, tiny.pairs(2), adapter="lora", steps=1, eval_groups=[], dtype="float32").metrics
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- where gradients go -----------------------------------------------------------------------------------------------------
+
+
+def loss_of(scorer: Scorer, batch: Batch, rows: list[int]) -> Tensor:
+    logp = scorer([batch.sequences[row] for row in rows]).logp
+    return (torch.linspace(0.5, 2.0, len(rows)) * logp).sum() / 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "untied", "phi", "gemma2"])  # llama: tied
+def test_a_heads_blocks_add_up_to_the_gradient_that_autograd_adds_up(
+    name: str, dtype: torch.dtype, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several micro-batches, and of a weight that is used twice both parts; outside, autograd has it as before."""
+    monkeypatch.setattr(head, "CPU_BLOCK", 500)
+    monkeypatch.setattr(head, "PART", 40)
+    monkeypatch.setattr(head, "FEWEST", 1)
+    monkeypatch.setattr(precision, "_PART", 100)
+    batch = render(tiny.pairs(6), tokenizer)
+    cuts = [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11]]
+    found: list[list[Tensor]] = []
+    for handed in (True, False):
+        weights = Weights(tiny.model(name).to(dtype), dtype)
+        scorer = Scorer(weights.compute)
+        assert isinstance(scorer.head, head.Head)
+        with weights.collecting(scorer.head if handed else None):
+            assert (scorer.head.into is not None) == (handed and scorer.head.plain)
+            for rows in cuts:
+                loss_of(scorer, batch, rows).backward()
+        assert scorer.head.into is None
+        found.append([g for m in weights.masters if (g := m.grad) is not None])
+        assert all(g.dtype == torch.float32 for g in found[-1]) and len(found[-1]) == len(weights.masters)
+    size = max(float(g.abs().max()) for g in found[1])
+    bound = {torch.float32: tolerances.GRADIENT, torch.bfloat16: 1e-2}[dtype]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=bound * size, rtol=0)
+    (own,) = torch.autograd.grad(loss_of(scorer, batch, cuts[0]), [scorer.head.output.weight])
+    assert own.shape == scorer.head.output.weight.shape and own.abs().max() > 0
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of any storage that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.kept = 0, list[Tensor]()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = operation(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given]
+        self.kept += made  # a storage that is freed gives its place to the next
+        self.bytes = max([self.bytes, *(t.untyped_storage().nbytes() for t in made)])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_micro_batch_makes_no_tensor_as_large_as_the_weight(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("CPU_BLOCK", 800), ("PART", 800), ("FEWEST", 1)):
+        monkeypatch.setattr(head, name, size)
+    weights = Weights(tiny.model("untied"), dtype)
+    own = head.Head(weights.compute)
+    hidden, targets = torch.randn(30, 16, dtype=dtype, requires_grad=True), torch.arange(30)
+    small = own.output.weight.nbytes // 2
+    for handed in (own, None):
+        for master in weights.masters:
+            master.grad = None
+        with weights.collecting(handed):
+            own(hidden, targets).sum().backward()
+            loss = own(hidden, targets).sum()
+            with Largest() as largest:
+                loss.backward()
+        assert (largest.bytes < small) == (handed is own)
+
+
+def test_a_run_hands_its_head_over(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, seen = render(tiny.pairs(4), tokenizer), list[bool]()
+    right = head._LinearLogp.backward
+
+    def watched(ctx: Any, *gradients: Tensor) -> Any:
+        seen.append(ctx.into is not None)
+        return right(ctx, *gradients)
+
+    monkeypatch.setattr(head._LinearLogp, "backward", staticmethod(watched))
+    run_steps(model, batch, 100)
+    assert len(seen) > 3 and all(seen)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------------
 
 
 def run_steps(model: Any, batch: Batch, budget: int, count: int = 3) -> list[dict[str, Any]]:
-    method = DPO(0.1)
+    method = methods.make("dpo", beta=0.1)
     weights = Weights(model, torch.float32)
     with torch.no_grad():
         reference = score(model, batch).logp
@@ -101,26 +246,34 @@ def run_steps(model: Any, batch: Batch, budget: int, count: int = 3) -> list[dic
     return list(steps(weights, batch, method, the_plan, reference))
 
 
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+NO_ROOM = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17.22 GB, other allocations: 1.10 GB)"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+)
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception = NO_ROOM[0]) -> None:
     """A scorer that has room for so many tokens."""
     plain = Scorer.forward
 
     def forward(self: Scorer, sequences: Any, want: Any = ()) -> Any:
         found = plain(self, sequences, want)
         if found.tokens > limit and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return found
 
     monkeypatch.setattr(Scorer, "forward", forward)
 
 
+@pytest.mark.parametrize("error", NO_ROOM, ids=lambda error: str(error)[:4])
 def test_what_does_not_fit_is_cut_finer_before_the_first_step(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     batch = render(tiny.pairs(6), tokenizer)
     roomy = tiny.model()
     told = run_steps(roomy, batch, 10**6)
-    short_of_memory(monkeypatch, 100)
+    short_of_memory(monkeypatch, 100, error)
     tight = tiny.model()
     lines = run_steps(tight, batch, 400)
     assert caplog.messages == [
@@ -149,7 +302,7 @@ def test_a_step_that_runs_out_of_memory_half_way_is_begun_again(
 
     reference = score(tight, batch).logp.detach()
     monkeypatch.setattr(Scorer, "forward", forward)
-    method, weights = DPO(0.1), Weights(tight, torch.float32)
+    method, weights = methods.make("dpo", beta=0.1), Weights(tight, torch.float32)
     options = TrainOptions(tokens_per_microbatch=100, warmup=0.0, schedule="constant")
     the_plan = Plan(((0, tuple(method.examples(batch.groups))),), 1e-3, options)
     (line,) = steps(weights, batch, method, the_plan, reference)
@@ -166,11 +319,33 @@ def test_an_example_that_does_not_fit_is_refused_with_what_to_lower(tokenizer: A
     assert failed.value.code == "out_of_memory" and tiny.same(tiny.state(model), before)
 
 
+def test_another_error_is_no_lack_of_memory(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = render(tiny.pairs(6), tokenizer)
+    short_of_memory(monkeypatch, 100, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        run_steps(tiny.model(), batch, 400)
+
+
+def test_the_trial_runs_the_largest_micro_batch_of_the_whole_run(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one with the most tokens, wherever it stands; its rows, once."""
+    groups = [*tiny.pairs(4), tiny.pair("A longer prompt than any other: ", "the longest answer", "no"), *tiny.pairs(3)]
+    batch, seen = render(groups, tokenizer), list[list[Any]]()
+    plain = Scorer.forward
+    monkeypatch.setattr(Scorer, "forward", lambda self, rows, want=(): seen.append(list(rows)) or plain(self, rows, want))
+    method, scorer = methods.make("dpo"), Scorer(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    examples = method.examples(batch.groups)
+    memory.fits(scorer, optimizer, batch, method, [examples[:3], examples[3:6], examples[6:]], 1)
+    assert seen == [[batch.sequences[8], batch.sequences[9]]]
+
+
 def test_the_trial_leaves_weights_state_and_random_numbers_as_they_were(model: Any, tokenizer: Any) -> None:
     batch = render(tiny.pairs(4), tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
     before, random = tiny.state(model), torch.get_rng_state()
-    scorer, method = Scorer(model), DPO(0.1)
+    scorer, method = Scorer(model), methods.make("dpo", beta=0.1)
     assert memory.fits(scorer, optimizer, batch, method, [method.examples(batch.groups)], 100) == 100
     assert tiny.same(tiny.state(model), before) and torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in model.parameters())
@@ -193,6 +368,47 @@ def test_tokens_of_a_pass_are_those_that_go_through_the_model(model: Any, tokeni
             assert abs(found - exact) <= (8 if share else 0) * len(places)
 
 
+KINDS = SHARING | {name: keys for name, (keys, _) in ALONE.items()} | {"FalconMamba": {}}
+
+
+@pytest.mark.usefixtures("short_answers", "no_report")
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_model_takes_a_step(name: str, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Its memory is counted, on the way there, by a call that it takes; and without its weights by one that it takes there."""
+    keys = KINDS[name] | {"vocab_size": tiny.VOCABULARY}
+    model = build(name, keys)
+    run = preftune.fit(model, tokenizer, tiny.pairs(2), steps=1, dtype="float32", eval_groups=[], reference_store="off")
+    assert abs(run.metrics[0]["loss"] - math.log(2)) < tolerances.FIRST_LOSS
+    assert "memory per token" not in caplog.text
+    if name not in (
+        "Afmoe",
+        "GptOss",
+        "JetMoe",
+        "Mixtral",
+        "Phimoe",
+        "Qwen2Moe",
+        "Qwen3Next",
+    ):  # torch computes no product of experts in float32 on that device
+        with torch.device("meta"):
+            assert kept_bytes(build(name, keys), torch.float32) > 0
+
+
+def test_where_counting_fails_the_budget_is_the_usual_one(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(model: Any, dtype: torch.dtype) -> int:
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setattr(estimate, "kept_bytes", fails)
+    found = Estimate.of(tiny.model(), torch.float32, best=False, reference=True)
+    assert found.token_bytes is None and found.peak_bytes(100) is None
+    assert found.tokens(10**12) == found.tokens(None) == default_budget(tiny.model())
+    (said,) = caplog.messages
+    assert "memory per token is not known" in said and "too many values" in said
+    told = expect(tiny.model(), render(tiny.pairs(3), tokenizer), [[0, 1]], dtype=torch.float32, reference=True)
+    assert told["memory_gb"] is None and told["tokens_per_microbatch"] == default_budget(tiny.model())
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_kept_bytes_are_those_that_a_longer_pass_adds(name: str) -> None:
     """Against the difference of two passes of other lengths, counted apart; on the meta device much the same."""
@@ -213,37 +429,56 @@ def test_kept_bytes_are_those_that_a_longer_pass_adds(name: str) -> None:
 
 
 def test_budgets_follow_the_free_memory() -> None:
-    each = Estimate(parameters=10, trained=10, fixed_bytes=10**9, token_bytes=10**6, seconds_per_token=1.0)
-    assert each.tokens(None) == each.tokens(10**12) == estimate.LARGEST
+    each = Estimate(parameters=10, trained=10, fixed_bytes=10**9, token_bytes=10**6, operations=1.0, usual=1024)
+    assert each.tokens(None) == 1024 and each.tokens(10**12) == estimate.LARGEST
     assert each.tokens(10**8) == estimate.SMALLEST
     free = 5 * 10**9
     assert each.tokens(free) % 256 == 0
-    assert 0.9 * free < each.peak_bytes(each.tokens(free)) * 1.0 / 0.8 < 1.2 * free
-    assert each.peak_bytes(each.tokens(free)) < free
+    assert 0.9 * free < (each.peak_bytes(each.tokens(free)) or 0) / 0.8 < 1.2 * free
+    assert (each.peak_bytes(each.tokens(free)) or 0) < free
 
 
 def test_free_memory_is_what_the_tighter_of_machine_and_container_leaves(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:     40 kB\n")
     assert estimate._available(tmp_path / "meminfo") == 40 * 1024 and estimate._available(tmp_path / "none") is None
-    for name, text in (
-        ("memory.max", "10000\n"),
-        ("memory.current", "7000\n"),
-        ("memory.stat", "anon 5000\ninactive_file 500\n"),
-    ):
-        (tmp_path / name).write_text(text)
-    assert estimate._left_in_group(tmp_path) == 3500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert estimate._left_in_group(tmp_path) is None
+
+
+def group(folder: Path, limit: int | str, used: int, *, first: bool = False) -> None:
+    """A control group of version 2, or of the first version, in which 500 bytes of cached files can go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("limit_in_bytes", "usage_in_bytes") if first else ("max", "current")
+    for name, text in (*zip(names, (limit, used), strict=True), ("stat", f"x 9\n{'total_' * first}inactive_file 500")):
+        (folder / f"memory.{name}").write_text(f"{text}\n")
+
+
+def test_the_tightest_control_group_counts_wherever_it_stands(tmp_path: Path) -> None:
+    """A container's own is mounted at the root; those of a batch system or a service lie deeper; version 1 has other names."""
+    member, root = tmp_path / "self", tmp_path / "groups"
+
+    def left(*lines: str) -> int | None:
+        member.write_text("".join(f"{line}\n" for line in lines))
+        return estimate._left_in_group(root, member)
+
+    assert left("0::/") is None and estimate._left_in_group(root, tmp_path / "none") is None
+    group(root / "slurm" / "job_7", 10_000, 7000)
+    group(root / "slurm" / "job_7" / "step_0", "max", 6000)
+    group(root / "memory" / "docker" / "box", 5000, 4000, first=True)
+    group(root / "memory" / "docker", 2**63 - 4096, 4000, first=True)
+    assert left("0::/slurm/job_7/step_0") == 3500
+    assert left("0::/slurm/job_8") is None and left("0::/../../slurm") is None
+    assert left("3:cpu,cpuacct:/docker/box", "5:memory:/docker/box", "0::/") == 1500
+    assert left("3:cpu,cpuacct:/docker/box") is None
+    group(root, 9000, 7000)
+    assert left("0::/slurm/job_7/step_0") == left("0::/a/path/of/the/host") == 2500
 
 
 def test_the_budget_is_recorded_and_weights_that_do_not_fit_are_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import preftune
-
     monkeypatch.setattr("preftune.runs.trainer.NEW_TOKENS", 2)
     monkeypatch.setattr("preftune.report.write", lambda folder: None)
     keys: dict[str, Any] = {"dtype": "float32", "steps": 1, "eval_groups": []}
+    monkeypatch.setattr(estimate, "matrix_rate", None)  # a run reads no time, and measures nothing for it
     with caplog.at_level(logging.INFO, "preftune"):
         preftune.fit(tiny.model(), tokenizer, tiny.pairs(), out=tmp_path / "a", **keys)
         monkeypatch.setattr(estimate, "free_bytes", lambda device: 90_000)
@@ -251,3 +486,29 @@ def test_the_budget_is_recorded_and_weights_that_do_not_fit_are_refused(
             preftune.fit(tiny.model(), tokenizer, tiny.pairs(), out=tmp_path / "b", **keys)
     assert f"tokens_per_microbatch: {estimate.LARGEST}" in (tmp_path / "a" / "config.yaml").read_text()
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("short_answers", "no_report")
+def test_what_is_loaded_already_counts_as_free(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is a part of what the run will hold, and another reference is gone before there are gradients; but one that
+    the user holds stays. By hand: a run holds 16 bytes for each parameter, a model 4."""
+    count = 8192
+    keys: dict[str, Any] = {"dtype": "float32", "steps": 1, "eval_groups": [], "reference_store": "off"}
+
+    def free(parameters: int) -> None:
+        monkeypatch.setattr(estimate, "free_bytes", lambda device: parameters * count)
+
+    free(12)
+    assert preftune.fit(tiny.model(), tokenizer, tiny.pairs(2), **keys).metrics
+    for less, reference in ((11, None), (8, tiny.model(seed=1))):
+        free(less)
+        with pytest.raises(RunFailed, match="are free: train an adapter"):
+            preftune.fit(tiny.model(), tokenizer, tiny.pairs(2), reference=reference, **keys)
+    model, other, data = write_model(tmp_path / "m"), write_model(tmp_path / "r", seed=1), tmp_path / "d.jsonl"
+    write_rows(data, PAIRS[:4])
+    words = [f"model={model}", f"reference={other}", f"data={data}", f"eval_data={data}", "steps=1", "dtype=float32"]
+    free(8)
+    assert train(resolve(TrainKeys, [*words, f"out={tmp_path / 'a'}"]))
+    free(7)
+    with pytest.raises(RunFailed, match="are free: train an adapter"):
+        train(resolve(TrainKeys, [*words, f"out={tmp_path / 'b'}", "reference.store=off"]))

@@ -17,22 +17,29 @@ import preftune
 
 SOURCE = Path(preftune.__file__).parent
 FLOORS = (
-    ("losses", "report", "records", "errors"),
+    ("losses", "report", "records", "errors", "functions"),
     ("data", "models"),
     ("scoring",),
     ("training", "generation"),
     ("methods",),
     ("evaluation",),
-    ("config_errors", "config", "runs", "demo"),
+    ("config_errors", "config_files", "config", "runs", "demo"),
     ("cli",),
     ("__init__", "__main__"),
 )
 # rooms of one floor that stand on each other
-STEPS = {("config", "config_errors"), ("runs", "config"), ("demo", "config"), ("demo", "runs")}
+STEPS = {
+    ("functions", "errors"),
+    ("config", "config_errors"),
+    ("config", "config_files"),
+    ("runs", "config"),
+    ("demo", "config"),
+    ("demo", "runs"),
+}
 # besides the standard library and preftune itself
 ALONE = {"losses": {"torch"}}
 HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "safetensors", "tokenizers"}
-LIGHT = ("report", "records", "errors", "config", "config_errors")
+LIGHT = ("report", "records", "errors", "config", "config_errors", "config_files")
 
 
 def rooms(source: Path) -> Iterator[tuple[str, str, Path]]:

@@ -147,6 +147,19 @@ def test_a_model_that_cannot_be_counted_still_has_a_plan(
     monkeypatch.undo()
 
 
+def test_what_cannot_be_counted_is_left_out_and_the_rest_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(model: Any, dtype: Any) -> int:
+        raise RuntimeError("no such product on this device")
+
+    monkeypatch.setattr("preftune.training.estimate.kept_bytes", fails)
+    with caplog.at_level(logging.INFO, "preftune"):
+        plan = shown(eval_data="pairs.jsonl")
+    assert plan["memory_gb"] is plan["tokens_per_microbatch"] is None and plan["fixed_gb"] > 0 and plan["seconds"] > 0
+    assert "an amount per token that is not known" in caplog.text and "no such product" in caplog.text
+
+
 def test_an_adapter_without_layers_is_refused_here_already() -> None:
     with pytest.raises(Refusal, match="no layer is named nosuch"):
         shown(eval_data="pairs.jsonl", adapter={"type": "lora", "target_modules": ["nosuch"]})

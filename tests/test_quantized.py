@@ -40,7 +40,6 @@ pytestmark = [
 ]
 
 QLORA = AdapterOptions(type="qlora", r=4)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +185,8 @@ def test_the_base_is_not_copied_to_compute_in_another_precision(base: Path) -> N
     assert own and all(used[name] is weight for name, weight in own.items())
 
 
-def test_memory_is_counted_as_it_is(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_counted_as_it_is(tmp_path: Path, tokenizer: Any) -> None:
     """By hand of a structure without weights, and of the tensors that are there."""
-    monkeypatch.setattr("preftune.training.estimate.matrix_rate", lambda dtype, device: 1.0)
     save_model(tiny.model(hidden_size=256, intermediate_size=512), tokenizer, tmp_path / "m")
     model = add_adapter(load_model(str(tmp_path / "m"), dtype=torch.bfloat16, quantize=True), QLORA, seed=0)
     linear = 2 * (2 * 256 * 16 + 2 * 256 * 8 + 3 * 256 * 512)
@@ -197,10 +195,10 @@ def test_memory_is_counted_as_it_is(tmp_path: Path, tokenizer: Any, monkeypatch:
     assert 0.5 * linear < bytes_ < 0.6 * linear
     plain = sum(p.numel() for p in model.parameters() if not is_packed(p) and not p.requires_grad)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found = Estimate.of(model, torch.bfloat16, CPU, best=False, reference=True)
+    found = Estimate.of(model, torch.bfloat16, best=False, reference=True)
     assert (found.parameters, found.trained) == (linear + plain + trained, trained)
     assert found.fixed_bytes == bytes_ + 2 * plain + trained * 18
-    meta = Estimate.of(structure(str(tmp_path / "m"), QLORA), torch.bfloat16, CPU, best=False, reference=True)
+    meta = Estimate.of(structure(str(tmp_path / "m"), QLORA), torch.bfloat16, best=False, reference=True)
     assert (meta.parameters, meta.trained) == (found.parameters, found.trained)
     assert meta.fixed_bytes == pytest.approx(found.fixed_bytes, rel=0.05)
     assert meta.token_bytes == pytest.approx(found.token_bytes, rel=0.3)

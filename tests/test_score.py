@@ -117,6 +117,21 @@ def test_a_model_in_training_mode_is_scored_without_dropout_and_stays_in_it(toke
     assert model.training and all(m.training for m in model.modules())
 
 
+def test_an_adapters_dropout_that_training_switched_on_is_off_while_scoring(tokenizer: Any) -> None:
+    """In a callback of a run: the model is in evaluation mode, its dropout is not."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model: Any = get_peft_model(tiny.model(), lora).eval()
+    batch = render(GROUPS, tokenizer)
+    still = score(model, batch).logp.detach()
+    dropouts = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    for module in dropouts:
+        module.train()
+    assert torch.equal(score(model, batch).logp.detach(), still)
+    assert dropouts and all(m.training for m in dropouts) and not model.training
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_bf16_logits_are_summed_in_float32(name: str, tokenizer: Any) -> None:
     """The log-softmax of bfloat16 logits in bfloat16 is off by up to 0.02 nats a token; ours adds nothing to the logits' own

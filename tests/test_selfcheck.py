@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import torch
 from command import PAIRS, call, write_model, write_rows
 
 import preftune
-from preftune.data.render import Batch, render
+from preftune.data.render import Batch, Rendered, render
 from preftune.errors import RunFailed
-from preftune.scoring import attention, head, selfcheck, trie
-from preftune.scoring.scorer import Scorer
-from preftune.scoring.selfcheck import Difference, check_path, difference, few, one_by_one, shortened
+from preftune.scoring import attention, exact, head, selfcheck, trie
+from preftune.scoring.scorer import Scorer, cannot_share
+from preftune.scoring.selfcheck import Difference, check_path, check_start, difference, few, one_by_one, shortened
 
 pytestmark = pytest.mark.usefixtures("short_answers", "no_report")
 
@@ -48,20 +49,47 @@ def head_forgets_a_chunk(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(head._LinearLogp, "backward", staticmethod(wrong))
 
 
-FAULTS = (mask_off_by_one, positions_not_continued, head_forgets_a_chunk)
+def another_prompt_is_seen(patch: pytest.MonkeyPatch) -> None:
+    """Of several prompts in one pass, all see the first: a model is asked with one."""
+    right = trie.Trie.path
+
+    def wrong(self: Any, node: int) -> list[int]:
+        path = right(self, node)
+        return path if path[0] == 0 else [0, *path]
+
+    patch.setattr(trie.Trie, "path", wrong)
+    patch.setattr(
+        trie.Trie, "places", lambda self, n: [i for p in right(self, self.ends[n]) for i in range(*self.nodes[p][1:3])]
+    )
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_stops_training_before_it_begins(fault: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+FAULTS = (mask_off_by_one, positions_not_continued, head_forgets_a_chunk, another_prompt_is_seen)
+OF_SHARING = (mask_off_by_one, positions_not_continued, another_prompt_is_seen)
+
+
+@pytest.mark.parametrize(
+    ("fault", "dtype"), [*((fault, "float32") for fault in FAULTS), *((fault, "bfloat16") for fault in OF_SHARING)]
+)
+def test_a_planted_fault_stops_training_before_it_begins(
+    fault: Any, dtype: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     fault(monkeypatch)
     model = tiny.model()
     before = tiny.state(model)
     with pytest.raises(RunFailed, match=r"LlamaForCausalLM: .* differ by .*train\.sharing=off") as stopped:
-        preftune.fit(model, tokenizer, tiny.pairs(3), steps=1, dtype="float32", eval_groups=[])
+        preftune.fit(model, tokenizer, tiny.pairs(3), steps=1, dtype=dtype, eval_groups=[])
     assert stopped.value.code == "self_check" and tiny.same(before, tiny.state(model))
+    assert "float32" in str(stopped.value) or dtype == "float32"
+    assert "own copy" not in caplog.text, "nothing was scored"
 
 
-@pytest.mark.parametrize("fault", FAULTS[:2])
+def test_the_probe_does_not_see_what_only_several_prompts_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is what the user's own rows are for."""
+    another_prompt_is_seen(monkeypatch)
+    assert cannot_share(tiny.model()) is None
+
+
+@pytest.mark.parametrize("fault", OF_SHARING)
 def test_without_sharing_a_fault_of_sharing_is_none(fault: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
     keys: dict[str, Any] = {"steps": 1, "dtype": "float32", "eval_groups": [], "train": {"sharing": "off"}}
@@ -74,6 +102,179 @@ def test_every_path_of_a_sound_model_passes(name: str, dtype: torch.dtype, token
     batch, model = render(tiny.pairs(5), tokenizer), tiny.model(name).to(dtype)
     for share in (True, False):
         check_path(Scorer(model, share=share), batch, range(len(batch)), dtype=dtype)
+
+
+# -- rounding ---------------------------------------------------------------------------------------------------------------
+
+
+def test_bf16_rounding_of_answers_is_no_fault(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Logits of 16 and more come in steps of an eighth: here every difference is too large."""
+    monkeypatch.setitem(selfcheck.VALUES, torch.bfloat16, -1.0)
+    batch, model = render(tiny.pairs(4), tokenizer), tiny.model().bfloat16()
+    before = {name: id(p) for name, p in model.named_parameters()}
+    with caplog.at_level(logging.INFO, "preftune"):
+        check_path(Scorer(model), batch, range(len(batch)), dtype=torch.bfloat16)
+    assert "in float32, where in bfloat16 by" in caplog.text
+    assert {name: id(p) for name, p in model.named_parameters()} == before and model.dtype == torch.bfloat16
+
+
+def test_bf16_rounding_along_a_trie_is_no_fault(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Of layers that choose their experts it can be large: here every difference is too large."""
+    right = attention.bound
+    monkeypatch.setattr(attention, "bound", lambda dtype: right(dtype) if dtype == torch.float32 else -1.0)
+    with caplog.at_level(logging.INFO, "preftune"):
+        assert cannot_share(tiny.model().bfloat16()) is None
+    assert "by rounding, since by" in caplog.text
+    mask_off_by_one(monkeypatch)
+    assert "in float32" in str(cannot_share(tiny.model().bfloat16()))
+
+
+def test_where_float32_cannot_be_tried_gradients_decide_and_that_is_said(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention, "bound", lambda dtype: -1.0)
+    monkeypatch.setitem(selfcheck.VALUES, torch.bfloat16, -1.0)
+    monkeypatch.setattr(exact, "_room", lambda device: 10)
+    batch, model = render(tiny.pairs(4), tokenizer), tiny.model().bfloat16()
+    with caplog.at_level(logging.INFO, "preftune"):
+        check_path(Scorer(model), batch, range(len(batch)), dtype=torch.bfloat16)
+    assert caplog.text.count("there is no memory for a copy of it in float32") == 2 and "gradients decide" in caplog.text
+    right = head._LinearLogp.backward
+    monkeypatch.setattr(head._LinearLogp, "backward", staticmethod(lambda ctx, g: (None, *right(ctx, g)[1:])))
+    with pytest.raises(RunFailed, match="gradients decide"):
+        check_path(Scorer(tiny.model().bfloat16()), batch, range(len(batch)), dtype=torch.bfloat16)
+
+
+def test_a_kernel_that_knows_bf16_only_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    right = attention.attend
+
+    def attend(query: Any, *others: Any, **how: Any) -> Any:
+        if query.dtype == torch.float32:
+            raise RuntimeError("only fp16 and bf16")
+        return right(query, *others, **how)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(attention, "bound", lambda dtype: -1.0)
+    model = tiny.model().bfloat16()
+    assert cannot_share(model) is None and model.dtype == torch.bfloat16
+    assert "only fp16 and bf16" in caplog.text and "is not known" in caplog.text
+
+
+def test_a_model_in_float32_is_a_copy_and_a_tied_weight_one_of_it() -> None:
+    model = tiny.model().bfloat16()
+    before = tiny.state(model)
+    with exact.in_float32(model):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+        logits.sum().backward()
+    assert logits.dtype == torch.float32 and all(p.grad is None for p in model.parameters())
+    assert tiny.same(before, tiny.state(model)) and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_no_numbers_are_said_to_be_that(dtype: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(
+        RunFailed, match=r"no finite log-probability to 6 of 6 responses .*pairs.jsonl row 1.*weights sound"
+    ) as said:
+        preftune.fit(model, tokenizer, tiny.pairs(3), steps=1, dtype=dtype, eval_groups=[])
+    assert said.value.code == "not_finite"
+
+
+def test_out_of_memory_says_nothing_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.attend
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    model = tiny.model()
+    monkeypatch.setattr(attention, "attend", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        cannot_share(model)
+    monkeypatch.setattr(attention, "attend", right)
+    assert cannot_share(model) is None
+
+
+def test_a_start_is_judged_by_the_length_of_its_answers(tokenizer: Any) -> None:
+    """In bfloat16 short answers may be off by a step of their logits, long ones by that times the root of their length."""
+    batch = render([tiny.pair("Q: ", "a", "b" * 199)], tokenizer)
+    short, long = batch.sequences[0].length, batch.sequences[1].length
+    assert (short, long) == (2, 200)
+
+    def start(at: int, off: float, dtype: torch.dtype) -> float:
+        other = torch.zeros(2)
+        other[at] = off
+        return check_start(torch.zeros(2), other, batch, [0, 1], dtype=dtype)
+
+    assert start(0, 0.3, torch.bfloat16) == pytest.approx(0.15) and start(1, 3.9, torch.bfloat16) == pytest.approx(0.0195)
+    for at, off, dtype in (
+        (0, 0.4, torch.bfloat16),
+        (1, 4.1, torch.bfloat16),
+        (0, 1e-3, torch.float32),
+        (1, math.nan, torch.bfloat16),
+    ):
+        with pytest.raises(RunFailed, match="differ before the first step"):
+            start(at, off, dtype)
+
+
+# -- which rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_logits_of_one_response_are_there_at_once(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their graph: that of one is gone before the next is made."""
+    batch = render(tiny.pairs(5), tokenizer)
+    sizes = {(len(s.ids) - 1) * tiny.VOCABULARY for s in batch.sequences} - {model.lm_head.weight.numel()}
+    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+    most = 0
+
+    def keep(tensor: Any) -> Kept:
+        nonlocal most
+        kept = Kept(tensor)
+        if tensor.numel() in sizes and tensor.dtype == torch.float32:
+            alive.add(kept)
+            most = max(most, len(alive))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        found = difference(model, batch.sequences, lambda rows: Scorer(model)(rows).logp, dtype=torch.float32)
+    assert found.small and most == 2, "log-softmax and gather keep the same tensor"
+
+
+class Kept:
+    """What a graph keeps of one tensor."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+
+def test_it_takes_no_more_tokens_than_a_pass_of_the_run(model: Any, tokenizer: Any) -> None:
+    batch = render(tiny.pairs(6), tokenizer)
+    taken: list[int] = []
+    scorer = Scorer(model)
+    right = scorer.forward
+
+    def spy(sequences: Any, want: Any = ()) -> Any:
+        taken.append(sum(len(s.ids) for s in sequences))
+        return right(sequences, want)
+
+    scorer.forward = spy  # type: ignore[method-assign]
+    check_path(scorer, batch, range(len(batch)), dtype=torch.float32, budget=40)
+    assert taken and max(taken) <= 40
+
+
+def test_pictures_move_with_their_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "_room", lambda model, budget: 40)
+    attached = ((3, b"first"), (35, b"second"), (41, b"third"))
+    rows = [Rendered(0, n, (*range(20, 60), *range(n, n + 12)), 40, attachments=attached) for n in range(2)]
+    for cut in shortened(model, rows):
+        assert cut.attachments == ((35 - 30, b"second"), (41 - 30, b"third")) and cut.start == 10
+        assert [cut.ids[place] for place, _ in cut.attachments] == [rows[cut.response].ids[place] for place in (35, 41)]
+    assert Scorer(model)(shortened(model, rows)).logp.isfinite().all()
 
 
 def test_it_is_done_once_per_model_and_path(model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -102,10 +303,10 @@ def test_what_is_not_a_number_is_not_small() -> None:
 def test_only_a_few_rows_are_looked_at(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = render(tiny.pairs(6), tokenizer)
     assert few(model, batch, range(len(batch))) == list(range(12))
-    monkeypatch.setattr(selfcheck, "_room", lambda model: 64)
+    monkeypatch.setattr(selfcheck, "_room", lambda model, budget: 64)
     chosen = few(model, batch, [4, 5, 2, 3, 0, 1])
     assert chosen[:2] == [4, 5] and len(chosen) % 2 == 0 and tokens(batch, chosen) <= 64
-    monkeypatch.setattr(selfcheck, "_room", lambda model: 16)
+    monkeypatch.setattr(selfcheck, "_room", lambda model, budget: 16)
     assert few(model, batch, [4, 5, 2, 3]) == [4, 5], "one group at least"
     cut = shortened(model, [batch.sequences[row] for row in (4, 5)])
     for short, whole in zip(cut, (batch.sequences[row] for row in (4, 5)), strict=True):
@@ -133,10 +334,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "words", [["adapter=lora", "adapter.target_modules=[q_proj]"], ["dtype=bfloat16"], ["method=sft"]], ids=str
 )
 def test_doctor_says_that_all_is_the_same_and_what_a_run_takes(
-    words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    chunks: set[int] = set()
+    product = head.linear
+
+    def spy(hidden: Any, *others: Any) -> Any:
+        chunks.add(len(hidden))
+        return product(hidden, *others)
+
+    monkeypatch.setattr(head, "linear", spy)
+    monkeypatch.setattr(head, "FEWEST", 8)
     words = ["doctor", "model=m", "data=pairs.jsonl", "batch_size=4", *words]
     said = call(capsys, *words)
+    assert 8 in chunks and max(chunks) > 8, "one of the checks takes the head in chunks"
     assert said.code == 0 and said.out == "" and said.err.count(" same ") == 5 and "DIFFERENT" not in said.err
     assert "memory: about" in said.err and "time: about" in said.err and "fewer than one by one" in said.err
     told = call(capsys, *words, "--json").json

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import re
 import shutil
 import sqlite3
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from command import PAIRS, write_model, write_rows
+import transformers
+from command import PAIRS, call, tree, write_model, write_rows
 
 import preftune
 from preftune.config import TrainKeys, dump, resolve
@@ -171,10 +175,19 @@ def test_each_part_of_the_key_counts(
     assert replace(stored, **of_model).find(other, [0]) == {} and not replace(stored, **of_model).has(other, [0])
 
 
-def test_other_arithmetic_is_a_miss(tmp_path: Path, model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "changed"), [("NUMERICS", module.NUMERICS + 1), ("LIBRARIES", "torch 9.0 transformers 5.0")])
+def test_other_arithmetic_is_a_miss(
+    name: str, changed: Any, tmp_path: Path, model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored = filled(Store(tmp_path / "s"), model, batch)
-    monkeypatch.setattr(module, "NUMERICS", module.NUMERICS + 1)
+    monkeypatch.setattr(module, name, changed)
     assert stored.find(batch, range(len(batch))) == {}
+
+
+def test_libraries_are_known_by_their_minor_versions() -> None:
+    words = module.LIBRARIES.split()
+    assert words[::2] == ["torch", "transformers"] and all(re.fullmatch(r"\d+\.\d+", version) for version in words[1::2])
+    assert torch.__version__.startswith(words[1] + ".") and transformers.__version__.startswith(words[3] + ".")
 
 
 def test_rows_with_the_same_tokens_are_one(tmp_path: Path, model: Any, tokenizer: Any) -> None:
@@ -232,18 +245,50 @@ def test_another_reference_is_loaded_only_where_something_is_missing(
     assert not (tmp_path / "c").exists() and "load reference" in events
 
 
-def test_the_start_check_reads_what_is_stored(tokenizer: Any, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A value that is wrong stops the run, is named, and is not taken where the store is left alone."""
-    model = tiny.model()
+@pytest.mark.parametrize(("off", "kind"), [(5e-5, r"5(\.\d)?e-05 .* \(rounding\)"), (1e-2, r"0\.01 .* \(more than rounding\)")])
+@pytest.mark.parametrize("of", ["one", "all"])
+def test_values_that_are_not_the_policys_are_scored_anew(
+    of: str, off: float, kind: str, tokenizer: Any, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another way to the same sums had filled the store, or something damaged it: the whole run goes by its own values, and
+    leaves them there."""
     batch = render(tiny.pairs(6), tokenizer)
     right = fit(tiny.model(), tokenizer)
-    stored = Stored(Store(cache / "preftune" / "reference.sqlite"), digest_of(model) or b"", torch.float32, "cpu")
-    stored.put(batch, [0], [stored.find(batch, [0])[0] + 1e-2])
-    says = r"worst at pairs.jsonl row 1,.* 12 .*reference.sqlite: reference.store=off"
-    with pytest.raises(RunFailed, match=says) as stopped:
-        fit(tiny.model(), tokenizer, batch_size=6)
-    assert stopped.value.code == "start_check"
-    assert fit(tiny.model(), tokenizer, reference_store="off") == right
+    stored = Stored(Store(cache / "preftune" / "reference.sqlite"), digest_of(tiny.model()) or b"", torch.float32, "cpu")
+    before = stored.find(batch, range(12))
+    changed = [0] if of == "one" else list(range(12))
+    stored.put(batch, changed, [before[row] + off for row in changed])
+    caplog.clear()
+    assert fit(tiny.model(), tokenizer, batch_size=6, steps=1)[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    (said,) = warnings(caplog)
+    assert re.match(f"{cache}/preftune/reference.sqlite: its values differ by {kind} from those of this run", said)
+    assert taken(caplog) == (0, 16)
+    after = stored.find(batch, range(12))
+    assert all(torch.equal(after[row], before[row]) for row in range(12))
+    assert fit(tiny.model(), tokenizer) == right and taken(caplog) == (16, 16)
+
+
+def test_a_policy_that_does_not_start_at_its_reference_is_refused_whatever_is_stored(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values that were stored by a sound run do not help one that is not."""
+    from preftune.models import adapters
+
+    fit(tiny.model(), tokenizer)
+    at_zero = adapters.add_adapter
+
+    def off_zero(*given: Any, **keys: Any) -> Any:
+        made = at_zero(*given, **keys)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+        return made
+
+    monkeypatch.setattr(adapters, "add_adapter", off_zero)
+    with pytest.raises(RunFailed, match="differ before the first step") as stopped:
+        fit(tiny.model(), tokenizer, adapter="lora")
+    assert stopped.value.code == "start_check" and warnings(caplog) == []
 
 
 def test_what_fails_the_start_check_is_not_kept(
@@ -273,6 +318,52 @@ def test_a_run_keeps_the_values_it_used_whatever_becomes_of_the_store(
     assert taken(caplog) == (16, 16)
     fit(tiny.model(), tokenizer, out=tmp_path / "off", reference_store="off")
     assert (tmp_path / "off" / "checkpoints" / "reference.sqlite").is_file() and not (cache / "preftune").exists()
+
+
+def test_doctor_looks_at_what_earlier_runs_stored(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = write_model(tmp_path / "m"), write_rows(tmp_path / "d.jsonl", PAIRS[:4])
+    words = [f"model={model}", f"data={data}", "dtype=float32"]
+    named = "stored by earlier runs = live"
+
+    def examined(*more: str) -> tuple[int, dict[str, Any] | None]:
+        found = call(capsys, "doctor", *words, *more, "--json")
+        checks = found.json["checks"] if found.code == 0 else []
+        return found.code, next((line for line in checks if line["check"] == named), None)
+
+    assert examined() == (0, None) and list(cache.iterdir()) == [], "no store is made for it"
+    train(resolve(TrainKeys, [*words, f"eval_data={data}", "steps=1", f"out={tmp_path / 'run'}"]))
+    for more in ((), ("adapter=lora",)):
+        code, line = examined(*more)
+        assert code == 0 and line and line["passed"] and "8 responses from" in line["note"]
+    path = cache / "preftune" / "reference.sqlite"
+    groups = preftune.read(str(data))
+    batch = render(groups, tiny.tokenizer())
+    stored = Stored(Store(path), Store(path).digest(str(model)) or b"", torch.float32, "cpu")
+    stored.put(batch, [3], [stored.find(batch, [3])[3] + 1e-3])
+    assert examined() == (1, None)
+
+
+def test_a_rerun_of_a_config_begins_with_the_values_of_its_run(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever became of the user's store; and with `off` it takes none."""
+    model, reference = write_model(tmp_path / "m"), write_model(tmp_path / "r", seed=1)
+    data = write_rows(tmp_path / "d.jsonl", PAIRS[:6])
+    words = [f"model={model}", f"reference={reference}", f"data={data}", f"eval_data={data}", "steps=1", "dtype=float32"]
+    loaded: list[str] = []
+    monkeypatch.setattr("preftune.models.load.load_model", lambda ref, **how: loaded.append(ref) or load_model(ref, **how))
+    monkeypatch.setattr("preftune.runs.trainer._kl", lambda *arguments: {})  # which takes the reference itself
+    assert call(capsys, "train", *words, f"out={tmp_path / 'a'}").code == 0
+    before = tree(tmp_path / "a")
+    for out, more, there in (("b", [], 24), ("c", ["reference.store=off"], 0)):
+        shutil.rmtree(cache / "preftune", ignore_errors=True)
+        loaded.clear()
+        said = call(capsys, "train", str(tmp_path / "a" / "config.yaml"), f"out={tmp_path / out}", *more)
+        assert said.code == 0 and loaded == [str(model), *([] if there else [str(reference)])]
+        assert (f"reference: {there} of 24 responses from {tmp_path / out}/checkpoints" in said.err) == bool(there)
+    assert tree(tmp_path / "a") == before, "it is left as it was"
 
 
 # -- where it is --------------------------------------------------------------------------------------------------------------
@@ -347,6 +438,80 @@ def test_an_adapter_is_known_with_its_base(tmp_path: Path) -> None:
     assert store.digest(str(folder)) is None, "a base from the hub is known once it is loaded"
 
 
+def on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch, root: Path) -> Path:
+    """The folder of a model's newest snapshot in a cache of the hub; nothing is asked of the hub itself."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    place = root / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("b" * 40)
+    return place / "snapshots" / ("b" * 40)
+
+
+def test_a_hub_name_is_known_by_its_cached_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, folder = Store(tmp_path / "s"), on_the_hub("owner/name", monkeypatch, tmp_path / "hub")
+    assert store.digest("owner/name") is None
+    write_model(folder)
+    known = store.digest(str(write_model(tmp_path / "m")))
+    assert store.digest("owner/name") == known is not None
+    for ref in ("owner/other", "name", "a/b/c", "..", "owner/--"):
+        assert store.digest(ref) is None
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert store.digest("owner/name") is None, "a part is not there yet"
+    (folder / "model-2.safetensors").touch()
+    assert store.digest("owner/name") not in (None, known)
+    (folder.parents[1] / "refs" / "main").write_text("c" * 40)
+    assert store.digest("owner/name") is None, "another revision, of which nothing is here"
+
+
+def test_code_elsewhere_on_the_hub_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, code = Store(tmp_path / "s"), on_the_hub("owner/code", monkeypatch, tmp_path / "hub")
+    folder = write_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["tokens.Tokens", None]}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": own}))
+    assert store.digest(str(folder)) is not None
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "owner/code--own.Own"}}))
+    assert store.digest(str(folder)) is None, "its code is not here"
+    code.mkdir(parents=True)
+    (code / "own.py").write_text("x = 1")
+    known = store.digest(str(folder))
+    (code / "own.py").write_text("x = 2")
+    assert known is not None and store.digest(str(folder)) not in (None, known)
+
+
+def test_a_models_own_code_counts_in_memory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = types.ModuleType("transformers_modules.owner.own")
+    own.__file__ = str(tmp_path / "own.py")
+    monkeypatch.setitem(sys.modules, own.__name__, own)
+    model = tiny.model()
+    model.__class__ = type(type(model).__name__, (type(model),), {"__module__": own.__name__})
+    digests = {digest_of(tiny.model())}
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / "own.py").write_text(text)
+        digests.add(digest_of(model))
+    assert len(digests - {None}) == 3
+
+
+def test_a_full_store_loads_no_reference_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_model(tmp_path / "m")
+    write_model(on_the_hub("owner/name", monkeypatch, tmp_path / "hub"), seed=1)
+    data = write_rows(tmp_path / "d.jsonl", PAIRS[:6])
+    words = [f"model={model}", "reference=owner/name", f"data={data}", f"eval_data={data}", "steps=2", "dtype=float32"]
+    loaded: list[str] = []
+    monkeypatch.setattr("preftune.models.load.load_model", lambda ref, **how: loaded.append(ref) or load_model(ref, **how))
+    # the KL after training takes the reference itself: left out, as it loads it by its nature
+    monkeypatch.setattr("preftune.runs.trainer._kl", lambda *arguments: {})
+    for out, others in (("a", ["owner/name"]), ("b", [])):
+        loaded.clear()
+        train(resolve(TrainKeys, [*words, f"out={tmp_path / out}"]))
+        assert loaded == [str(model), *others]
+    assert taken(caplog) == (24, 24)
+
+
 def test_a_file_is_read_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, read = write_model(tmp_path / "m"), list[str]()
     right = module.file_digest
@@ -402,7 +567,7 @@ def garbage(path: Path) -> None:
 
 
 def of_something_else(path: Path) -> None:
-    path.unlink()
+    path.unlink(missing_ok=True)
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE songs (title TEXT)")
     connection.close()
@@ -441,11 +606,51 @@ def test_a_damaged_file_is_moved_aside_and_said(
 def test_a_place_that_cannot_be_made_is_said_once(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     right = fit(tiny.model(), tokenizer, reference_store="off")
     (tmp_path / "file").touch()
-    for place in (tmp_path / "file" / "s.sqlite", tmp_path):
-        caplog.clear()
-        assert fit(tiny.model(), tokenizer, reference_store=place) == right
-        (said,) = warnings(caplog)
-        assert str(place) in said and "neither taken from here nor kept" in said
+    place = tmp_path / "file" / "s.sqlite"
+    assert fit(tiny.model(), tokenizer, reference_store=place) == right
+    (said,) = warnings(caplog)
+    assert str(place) in said and "neither taken from here nor kept" in said
+
+
+def a_file_of_rows(path: Path) -> None:
+    path.write_text('{"prompt": "my data"}\n' * 100)
+
+
+@pytest.mark.parametrize("other", [a_file_of_rows, lambda path: of_something_else(path), lambda path: path.mkdir()])
+def test_what_is_no_store_is_refused_and_left_alone(other: Any, tmp_path: Path, tokenizer: Any) -> None:
+    other(place := tmp_path / "x")
+    before = tree(tmp_path)
+    with pytest.raises(Refusal, match=r"x is (no store of preftune: name another file|a folder)") as refused:
+        fit(tiny.model(), tokenizer, reference_store=place)
+    assert (refused.value.code, refused.value.key) == ("not_a_store", "reference.store") and tree(tmp_path) == before
+    # nor is it moved by one who asks no one
+    assert not Store(place).has([b"key"]) and not Store(place).get([b"key"]) and tree(tmp_path) == before
+
+
+def test_an_empty_file_and_a_damaged_store_may_be_named(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (place := tmp_path / "x").touch()
+    right = fit(tiny.model(), tokenizer, reference_store=place)
+    cut_off(place)
+    assert fit(tiny.model(), tokenizer, reference_store=place) == right
+    assert fit(tiny.model(), tokenizer, reference_store=place) == right and taken(caplog) == (16, 16)
+    assert (tmp_path / "x.damaged-1").is_file()
+
+
+@pytest.mark.parametrize("inside", ["m/reference.sqlite", "r/reference.sqlite", "d.jsonl", "held.jsonl"])
+def test_a_store_among_the_files_of_a_run_is_refused(inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a model is loaded."""
+    model, reference = write_model(tmp_path / "m"), write_model(tmp_path / "r", seed=1)
+    data, held = (write_rows(tmp_path / name, PAIRS[:3]) for name in ("d.jsonl", "held.jsonl"))
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.setattr("preftune.models.load.load_model", None)
+    words = [f"model={model}", f"data={data}", f"eval_data={held}", f"reference={reference}", f"out={tmp_path / 'out'}"]
+    before = tree(tmp_path)
+    for place in (tmp_path / inside, tmp_path / "link" / inside):
+        with pytest.raises(Refusal, match="is among the files that this run reads") as refused:
+            train(resolve(TrainKeys, [*words, f"reference.store={place}"]))
+        assert refused.value.code == "store_is_input" and tree(tmp_path) == before
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, how: Any) -> None:

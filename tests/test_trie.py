@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import preftune
-from preftune.data.render import Rendered
+from preftune.data.render import Batch, Rendered
 from preftune.errors import Refusal
 from preftune.models.adapters import add_adapter
 from preftune.models.options import AdapterOptions
-from preftune.scoring import attention, scorer
+from preftune.scoring import attention, scorer, selfcheck
 from preftune.scoring.scorer import Scorer, cannot_share
 from preftune.scoring.trie import Node, grow
 
@@ -59,6 +59,9 @@ SHARING: dict[str, dict[str, Any]] = {
     "Cohere2": {**WINDOWS, "head_dim": 8, "logit_scale": 0.25},
     "Granite": {"logits_scaling": 4.0},
     "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    # take a view of what attention gives
+    "Afmoe": {**EXPERTS, "num_dense_layers": 1, "head_dim": 8, "sliding_window": W, "global_attn_every_n_layers": 2},
+    "JetMoe": {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
 }
 ALONE: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({"n_layer": 2, "n_head": 4}, "does not go through transformers' interface"),
@@ -69,6 +72,13 @@ ALONE: dict[str, tuple[dict[str, Any], str]] = {
         "layers of linear_attention",
     ),
     "StableLm": ({}, "0 of its 4 attention layers read the trie"),
+    # windows that live in the mask alone, wider than the sequences by which a model is asked
+    "Qwen2Moe": (
+        {**WINDOWS, **EXPERTS, "sliding_window": 20, "use_sliding_window": True, "shared_expert_intermediate_size": 16},
+        "layer 0 does not say its window",
+    ),
+    "Phimoe": ({"sliding_window": 20, "num_local_experts": 4}, "layer 0 does not say its window"),
+    "Doge": ({"sliding_window": 20}, "ValueError: its attention has a mask of its own"),
     "Llama4Text": (
         {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
         "layers of chunked_attention",
@@ -196,13 +206,14 @@ def test_models_that_cannot_share_are_right_and_say_so_once(name: str, caplog: p
     keys, why = ALONE[name]
     model = build(name, keys)
     plain = copy.deepcopy(model)
+    sequences = rows()
     for _ in range(2):
         score = Scorer(model)
-    assert not score.shares
+        assert not score.shares
+        found = score(sequences)
     (line,) = [r.message for r in caplog.records if r.name == "preftune"]
     assert why in line and "its own copy of the prompt" in line
-    sequences = rows()
-    torch.testing.assert_close(score(sequences).logp, one_by_one(plain, sequences), atol=tolerances.LOGP, rtol=0)
+    torch.testing.assert_close(found.logp, one_by_one(plain, sequences), atol=tolerances.LOGP, rtol=0)
 
 
 def test_a_wrong_mask_is_found_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +226,19 @@ def test_a_wrong_mask_is_found_before_it_is_used(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(attention.Layout, "mask", off_by_one)
     assert "differ by" in str(cannot_share(build("Llama", {})))
+
+
+def test_a_window_that_is_not_the_configs_is_found() -> None:
+    """On layers with a window and without."""
+    model = build("Qwen2", {**SHARING["Qwen2"], "sliding_window": 20})
+    for layer, window in ((0, 21), (1, 20)):
+        other = copy.deepcopy(model)
+        other.model.layers[layer].self_attn.sliding_window = window
+        assert cannot_share(other) == f"layer {layer} does not say its window"
+    assert cannot_share(model) is None
+    off = build("Mistral", {"sliding_window": 20})
+    off.config.use_sliding_window = False
+    assert cannot_share(off) == "layer 0 does not say its window"
 
 
 @pytest.mark.parametrize("small", [0, 2**18])
@@ -296,6 +320,74 @@ def test_without_a_trie_the_model_is_what_it_was(tmp_path: Any) -> None:
     assert "preftune" not in (tmp_path / "config.json").read_text()
 
 
+# -- frequencies that follow from the longest row of a pass ------------------------------------------------------------------
+
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "longrope": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "dynamic": (
+        "Llama",
+        {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+}
+
+
+def short_and_long() -> list[Rendered]:
+    """Rows at the limit of 32 tokens, below and above it, some of which begin alike; the long ones not in order."""
+    draw = random.Random(0)
+    prompts = [tuple(draw.randrange(3, V) for _ in range(n)) for n in (15, 29)]
+    answers = [(prompts[g], draw.choices(range(3, V), k=n)) for g, n in ((0, 5), (0, 30), (1, 3), (1, 4), (1, 20), (1, 9))]
+    return [Rendered(prompts.index(p), n, (*p, *answer), len(p)) for n, (p, answer) in enumerate(answers)]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_long_row_does_not_change_the_short_ones_beside_it(kind: str, share: bool) -> None:
+    """Nor does a row that the model has seen before."""
+    name, keys = ROPES[kind]
+    model = build(name, keys)
+    sequences = short_and_long()
+    plain = [copy.deepcopy(model) for _ in sequences]
+    expected = torch.cat([one_by_one(each, [s]) for each, s in zip(plain, sequences, strict=True)])
+    score = Scorer(model, share=share)
+    assert score.shares == share
+    weight = torch.linspace(-1, 1, len(sequences))
+    for size in (6, 3, 2, 1, 6):  # rows of a pass
+        cut = [list(range(n, min(n + size, 6))) for n in range(0, 6, size)]
+        found = torch.cat([score([sequences[n] for n in rows], ("entropy",)).logp for rows in cut])
+        torch.testing.assert_close(found, expected, atol=tolerances.LOGP, rtol=0)
+    torch.testing.assert_close(selfcheck.one_by_one(model, sequences), expected, atol=tolerances.LOGP, rtol=0)
+    (found * weight).sum().backward()
+    for each, factor in zip(plain, weight, strict=True):
+        (one_by_one(each, [sequences[plain.index(each)]]) * factor).sum().backward()
+    for name, parameter in model.named_parameters():
+        total = sum(dict(each.named_parameters())[name].grad for each in plain)
+        torch.testing.assert_close(parameter.grad, total, atol=tolerances.GRADIENT * float(total.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scores_do_not_depend_on_the_budget_across_the_limit(kind: str) -> None:
+    name, keys = ROPES[kind]
+    model, sequences = build(name, keys), short_and_long()
+    groups = tuple(tiny.pair("", "", "") for _ in range(2))
+    batch = Batch(groups, tuple(sequences))
+    expected = torch.cat([one_by_one(copy.deepcopy(model), [s]) for s in sequences]).detach()
+    for budget in (1, 60, 100, 10**6):
+        found = preftune.score(model, batch, tokens_per_microbatch=budget, want=("entropy", "top1"))
+        torch.testing.assert_close(found.logp.detach(), expected, atol=tolerances.LOGP, rtol=0)
+
+
 # -- the head ----------------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +410,67 @@ def test_chunked_equals_plain(name: str, block: int, monkeypatch: pytest.MonkeyP
     (found * weight).sum().backward()
     (expected * weight).sum().backward()
     same_gradients(model, plain, tolerances.GRADIENT)
+
+
+HEADS: dict[str, tuple[dict[str, Any], bool, str]] = {
+    # get_decoder gives its last product; a layer stands between backbone and that
+    "ModernBertDecoder": ({"global_attn_every_n_layers": 2, "local_attention": 8}, True, "by the model's own code"),
+    # calls its backbone by place, and reads padding as something else
+    "CpmAnt": ({"num_hidden_layers": 2, "dim_head": 8, "dim_ff": 48, "prompt_length": 4}, False, "response by response"),
+    "RemBert": ({"input_embedding_size": 16, "output_embedding_size": 24}, False, "by the model's own code"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_unknown_make_are_run_by_the_models_own_code_and_said_once(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys, shares, how = HEADS[name]
+    model = build(name, keys)
+    plain = copy.deepcopy(model)
+    sequences = rows()
+    with caplog.at_level("INFO", "preftune"):
+        for _ in range(2):
+            score = Scorer(model)
+    assert score.shares == shares and not score.head.plain
+    (line,) = [r.message for r in caplog.records if r.name == "preftune" and "own copy" not in r.message]
+    assert line.startswith(f"{name}ForCausalLM: the head ") and how in line
+    found, expected = score(sequences, ("entropy", "top1")), one_by_one(plain, sequences)
+    assert found.values["entropy"].shape == found.token_logp.shape
+    torch.testing.assert_close(found.logp, expected, atol=tolerances.LOGP, rtol=0)
+    weight = torch.linspace(-1, 1, len(sequences))
+    (found.logp * weight).sum().backward()
+    (expected * weight).sum().backward()
+    same_gradients(model, plain, tolerances.GRADIENT)
+
+
+def test_a_plain_head_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "preftune"):
+        assert Scorer(build("Llama", {})).head.plain
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["FalconMamba", "Mamba"])
+def test_float32_states_before_a_bf16_head(name: str) -> None:
+    model = build(name, {}).bfloat16()
+    plain = copy.deepcopy(model)
+    sequences = rows()
+    found, expected = Scorer(model)(sequences).logp, one_by_one(plain, sequences)
+    torch.testing.assert_close(found, expected, atol=0.5, rtol=0.01)
+    found.sum().backward()
+    expected.sum().backward()
+    same_gradients(model, plain, 0.1)
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere", "gemma2"])
+def test_a_head_of_zeros_is_still_seen_to_be_scaled_or_capped(name: str) -> None:
+    """It will not stay at zero."""
+    model = tiny.model(name)
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    assert not Scorer(model).head.plain
+    sound = tiny.model("untied")
+    torch.nn.init.zeros_(sound.lm_head.weight)
+    assert Scorer(sound).head.plain
 
 
 def test_a_frozen_head_takes_no_gradient_and_saved_modules_do(tokenizer: Any) -> None:

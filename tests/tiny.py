@@ -107,10 +107,10 @@ def shown(prompt: Content, response: Content, *, row: int = 1, **mark: Any) -> G
 
 
 def pairs(count: int = 6, **mark: Any) -> list[Group]:
-    """Comparisons whose answers differ in length, so that padding and cuts matter."""
+    """Comparisons whose answers differ in length, so that padding and cuts matter, under prompts long enough to share."""
     words = ["the cat", "a", "abcabc the end", "no", "yes, it is", "the the the the", "oh", "that is what they said"]
     return [
-        pair(f"Q{n}: ", words[n % 8] + "!" * (n % 3), words[(3 * n + 1) % 8] + "?", row=n + 1, **mark) for n in range(count)
+        pair(f"{n} asks: ", words[n % 8] + "!" * (n % 3), words[(3 * n + 1) % 8] + "?", row=n + 1, **mark) for n in range(count)
     ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 LOGP = 1e-4  # nats per response: the contract's bound for score against transformers' own log-softmax
 GRADIENT = 2e-5  # the same gradient by another cut of the batch, entries of size 1
+STEP = 1e-6  # relative: a step's loss, and its gradient by the largest entry, by another cut or order of its examples
 WEIGHTS = 1e-5  # weights after three optimizer steps by another cut, learning rate 1e-3
 FIRST_LOSS = 1e-6  # DPO's first loss against ln 2, float32
 LOSS = 1e-6  # golden values, given to six decimals

@@ -5,9 +5,7 @@ No torch, no transformers: every refusal of a key or value answers before anythi
 
 from __future__ import annotations
 
-import datetime
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,8 +13,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from preftune.config_errors import refusal
+from preftune.config_files import expand, merge, new_yaml, parse_word, read_file, said_in, without_nulls
 from preftune.data.options import DataOptions, ScoredOptions, Sources
 from preftune.errors import Refusal
+from preftune.methods.options import MethodOptions, check, check_beta, needs
 from preftune.models.options import AdapterOptions, Dtype, check_adapter
 from preftune.training.options import TrainOptions
 
@@ -38,15 +38,18 @@ def _home(text: str) -> str:
 Place = Annotated[str, AfterValidator(_home)]  # a path or hub name; the shell does not see the ~ in a YAML file
 
 
-class MethodOptions(Group):
-    name: str | None = Field(default=None, description="sft or dpo; absent: by the kind of marks in the data, said aloud.")
-
-
 class ReferenceOptions(Group):
     model: Place | None = Field(default=None, description="Folder, hub name or run; absent: the starting policy.")
     store: Place | None = Field(
         default=None,
         description="train: file that keeps reference log-probabilities for later runs, or off; absent: in the user's cache.",
+    )
+    sync_steps: Count | None = Field(
+        default=None,
+        description="train: optimizer steps after which the reference follows the policy, each time; absent: never.",
+    )
+    sync_alpha: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.6, description="train: how far it then goes: alpha * policy + (1 - alpha) * reference."
     )
 
 
@@ -68,12 +71,15 @@ class TrainKeys(WithModel):
     eval_data: Sources = Field(default=[], description="Held-out data; absent: 5 % of the prompts, at most 1,000.")
     method: MethodOptions = _METHOD
     reference: ReferenceOptions = _REFERENCE
-    beta: Positive = Field(default=0.1, description="How strongly the policy is held to the reference.")
-    batch_size: Count = Field(default=32, description="Comparisons or demonstrations per optimizer step.")
+    beta: Positive | None = Field(
+        default=None, description="How strongly the policy is held to the reference. Default by method: 0.1, simpo 2, ln_dpo 5."
+    )
+    batch_size: Count = Field(default=32, description="Comparisons, rankings, ratings or demonstrations per optimizer step.")
     steps: Count | None = Field(default=None, description="Optimizer steps; wins over epochs.")
     epochs: Positive = Field(default=1.0, description="Passes over the training data.")
     learning_rate: Positive | None = Field(
-        default=None, description="Default by method: DPO 1e-6, SFT 2e-5; LoRA ten times that."
+        default=None,
+        description="Default by method: DPO family 1e-6, orpo and ratings 5e-6, sft 2e-5; LoRA ten times that.",
     )
     max_length: Count | None = Field(
         default=None, description="Most tokens of prompt plus response; default: the model's positions."
@@ -92,7 +98,7 @@ class EvaluateKeys(WithModel):
     scorer: str | None = Field(default=None, description="package.module:function taking (prompts, responses).")
     reference: ReferenceOptions = _REFERENCE
     method: MethodOptions = _METHOD
-    beta: Positive = Field(default=0.1, description="Of the loss and the rewards.")
+    beta: Positive | None = Field(default=None, description="Of the loss and the rewards; default by method.")
     max_length: Count | None = Field(
         default=None, description="Most tokens of prompt plus response; default: the model's positions."
     )
@@ -178,15 +184,14 @@ VERB_KEYS: dict[str, type[Group]] = {
     "demo": DemoKeys,
 }
 
-# the key that a group's short form sets: data=D is data.sources=[D]
-MAIN_KEYS = {"data": "sources", "prompts": "sources", "method": "name", "reference": "model", "adapter": "type"}
-_SOURCE_ONLY = {"path", "split", "format", "limit", "columns"}
-
 Keys = TypeVar("Keys", bound=Group)
 
 
 def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
-    """The keys of a verb from its words: at most one YAML file, and key=value."""
+    """The keys of a verb from its words: at most one YAML file, and key=value.
+
+    A beta that the method does not read is refused as a word. In a file, which may serve several methods, it is said.
+    """
     files = [w for w in words if "=" not in w]
     if len(files) > 1:
         raise Refusal(
@@ -196,18 +201,21 @@ def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
     layers += [("", parse_word(w)) for w in words if "=" in w]
     merged: dict[str, Any] = {}
     for _, layer in layers:
-        _merge(merged, _expand(layer))
+        merge(merged, expand(layer))
     try:
         return build(keys, merged)
     except Refusal as error:
-        error.file = error.file or _said_in(layers, error.key)
-        raise
+        error.file = error.file or said_in(layers, error.key)
+        if (error.code, error.key) != ("unused_key", "beta") or not error.file:
+            raise
+        log.info(f"{error.file}: not used by this method: beta")
+        return build(keys, merged | {"beta": None})
 
 
 def build(keys: type[Keys], raw: dict[str, Any]) -> Keys:
     """Checks a nested dict (short forms expanded, nulls left out: their default) against a verb's keys."""
     try:
-        return _consistent(keys.model_validate(_without_nulls(_expand(raw))))
+        return _consistent(keys.model_validate(without_nulls(expand(raw))))
     except ValidationError as error:
         raise refusal(error, _verb_of(keys), {name: list(all_keys(other)) for name, other in VERB_KEYS.items()}) from None
 
@@ -216,11 +224,33 @@ def _consistent(run: Keys) -> Keys:
     """Refuses keys that nothing would read."""
     if isinstance(run, TrainKeys | DoctorKeys):
         check_adapter(run.adapter)
+    if isinstance(run, TrainKeys | EvaluateKeys | DoctorKeys):
+        check(run.method)
+    if isinstance(run, TrainKeys | EvaluateKeys):
+        check_beta(run.method, run.beta)
+    if isinstance(run, TrainKeys):
+        check_moving(run.reference, run.method)
     if isinstance(run, GenerateKeys) and run.beams > 1:
         for name in _changed(run, "temperature", "top_k", "top_p"):
             line = f"beam search does not sample: leave {name} away, or beams=1"
             raise Refusal(line, code="unused_key", key=name)
     return run
+
+
+def check_moving(reference: ReferenceOptions, method: MethodOptions) -> None:
+    """Refuses keys of a reference that moves where there is none, and those that do not go with it."""
+    if not reference.sync_steps:
+        if _changed(reference, "sync_alpha"):
+            raise Refusal("reference.sync_steps alone reads it", code="unused_key", key="reference.sync_alpha")
+        return
+    if method.members and not needs(method).reference:
+        raise Refusal(f"{method.label} has no reference", code="unused_key", key="reference.sync_steps")
+    if reference.model:
+        line = "a reference that follows the policy starts as the policy: leave one of the two away"
+        raise Refusal(line, code="unused_key", key="reference.model")
+    if reference.store not in (None, "off"):
+        line = "a reference that follows the policy is scored in every step, and nothing of it is kept: leave one away"
+        raise Refusal(line, code="unused_key", key="reference.store")
 
 
 def _changed(options: BaseModel, *names: str) -> list[str]:
@@ -232,31 +262,11 @@ def _verb_of(keys: type[Group]) -> str:
     return next((verb for verb, other in VERB_KEYS.items() if other is keys), "VERB")
 
 
-def parse_word(word: str) -> dict[str, Any]:
-    """'train.eval_every=50' -> {'train': {'eval_every': 50}}; the text after = is YAML 1.2."""
-    key, _, text = word.partition("=")
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-        known = re.fullmatch(r"-*[A-Za-z_][\w-]*(\.[\w-]+)*", key)
-        hint = f"; write {key.lstrip('-').replace('-', '_')}=..." if known else ""
-        raise Refusal(f"{word!r} is neither a YAML file nor key=value{hint}", code="usage")
-    try:
-        value = _plain(_yaml().load(text))
-    except Exception as error:  # ruamel has a tree of errors; each is a user's text that is not YAML
-        raise Refusal(
-            f"{text!r} is not a YAML value; put text with special characters in quotes: {key}='\"...\"'",
-            code="bad_value",
-            key=key,
-        ) from error
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
 def dump(keys: Group) -> str:
     """The resolved run as YAML, with absolute paths: what config.yaml holds."""
     import io
 
-    yaml = _yaml()
+    yaml = new_yaml()
     yaml.default_flow_style = False
     text = io.StringIO()
     yaml.dump(_absolute(keys.model_dump(mode="json", exclude={"dry_run", "overwrite"})), text)
@@ -277,22 +287,16 @@ def all_keys(keys: type[BaseModel], prefix: str = "") -> dict[str, str]:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _yaml() -> Any:
-    from ruamel.yaml import YAML
-
-    return YAML(typ="safe", pure=True)
-
-
 def _read_files(name: str, keys: type[Group]) -> list[tuple[str, dict[str, Any]]]:
     """The file, after the one it names as `base:`. Keys of other verbs may stand in it: one file serves them all, and what
     this verb does not use is said."""
-    layer = _read_file(name)
+    layer = read_file(name)
     base = layer.pop("base", None)
     layers = [(name, layer)]
     if base is not None:
         if not Path(str(base)).is_file():
             raise Refusal(f"there is no file {base} here", code="missing_file", file=name, key="base")
-        under = _read_file(str(base))
+        under = read_file(str(base))
         if "base" in under:
             raise Refusal("a base file cannot name another base", code="nested_base", file=str(base), key="base")
         layers.insert(0, (str(base), under))
@@ -301,86 +305,6 @@ def _read_files(name: str, keys: type[Group]) -> list[tuple[str, dict[str, Any]]
         if unused := [key for key, value in one.items() if key in others and value is not None]:
             log.info(f"{file}: not used by {_verb_of(keys)}: {', '.join(unused)}")
     return [(file, {k: v for k, v in one.items() if k not in others}) for file, one in layers]
-
-
-def _read_file(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if not path.is_file():
-        raise Refusal(_no_run_file(path), code="missing_file", file=name)
-    try:
-        content = _plain(_yaml().load(path.read_text(encoding="utf-8")))
-    except UnicodeDecodeError as error:
-        raise Refusal(f"is not UTF-8 at byte {error.start:,}: save it as UTF-8", code="not_utf8", file=name) from error
-    except OSError as error:
-        raise Refusal(f"cannot be read: {error.strerror}", code="unreadable", file=name) from error
-    except Exception as error:  # see parse_word
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise Refusal(f"is not YAML: {problem}", code="bad_yaml", file=name, row=mark.line + 1 if mark else None) from error
-    if not isinstance(content, dict):
-        raise Refusal("holds no keys; write 'key: value' lines", code="bad_yaml", file=name)
-    return content
-
-
-def _no_run_file(path: Path) -> str:
-    if (path / "config.yaml").is_file():
-        return f"is a folder; its settings stand in {path / 'config.yaml'}"
-    what = "is a folder" if path.is_dir() else "there is no such file"
-    return f"{what}; here stands a YAML file with the keys of a run, everything else is key=value (model=..., data=...)"
-
-
-def _said_in(layers: list[tuple[str, dict[str, Any]]], key: str | None) -> str | None:
-    """The file whose layer set the key last; None for a word of the command line, and for what nobody set."""
-    for file, layer in reversed(layers):
-        found: Any = _expand(layer)
-        for part in (key or "").split("."):
-            if not isinstance(found, dict) or part not in found:
-                break
-            found = found[part]
-            if not isinstance(found, dict):
-                return file or None
-        else:
-            return file or None
-    return None
-
-
-def _plain(value: Any) -> Any:
-    """YAML reads 2026-01-31 as a date; here it is a name."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return value.isoformat() if isinstance(value, datetime.date) else value
-
-
-# -- short forms ------------------------------------------------------------------------------------------------------
-
-
-def _expand(layer: dict[str, Any]) -> dict[str, Any]:
-    """Short forms in their long form."""
-    result: dict[str, Any] = {}
-    for key, value in layer.items():
-        main = MAIN_KEYS.get(key)
-        if main == "sources" and isinstance(value, dict) and "path" in value:
-            inside = {k: v for k, v in value.items() if k in _SOURCE_ONLY}
-            value = {k: v for k, v in value.items() if k not in _SOURCE_ONLY} | {"sources": [inside]}
-        elif main is not None and value is not None and not isinstance(value, dict):
-            value = {main: value}
-        result[key] = value
-    return result
-
-
-def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in values.items() if value is not None}
-    return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
-    for key, value in layer.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
 
 
 def _absolute(values: dict[str, Any]) -> dict[str, Any]:
@@ -399,7 +323,7 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     if "reference" in result:
         store = result["reference"]["store"]  # a file that need not be there yet
         store = store if store in (None, "off") else str(Path(store).absolute())
-        result["reference"] = {"model": path(result["reference"]["model"]), "store": store}
+        result["reference"] = {**result["reference"], "model": path(result["reference"]["model"]), "store": store}
     for key in ("data", "prompts"):
         if result.get(key):
             sources = [{**s, "path": path(s["path"])} for s in result[key]["sources"]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal, Self
@@ -117,6 +117,12 @@ class Ranking:
 
     def moved(self, place: Callable[[int], int]) -> Self:
         return replace(self, tiers=tuple(tuple(map(place, tier)) for tier in self.tiers))
+
+    def without(self, lost: Container[int]) -> Self | None:
+        """What it says of its other responses; None where there are not two of them."""
+        left = (tuple(response for response in tier if response not in lost) for tier in self.tiers)
+        tiers = tuple(tier for tier in left if tier)
+        return replace(self, tiers=tiers) if sum(map(len, tiers)) > 1 else None
 
     def pairs(self, which: Pairs = "all") -> tuple[Comparison, ...]:
         """The comparisons that the ranking says: of all its responses, or of the first tier with each of the others. Ties are

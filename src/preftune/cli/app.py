@@ -20,6 +20,7 @@ from preftune import __version__
 from preftune.cli.console import setup
 from preftune.config import VERB_KEYS, all_keys
 from preftune.errors import Interrupted, PreftuneError, Refusal, RunFailed, nearest
+from preftune.methods.table import by_marks
 from preftune.runs.folder import to_json
 
 # typer carries a click of its own, which has no public name there
@@ -39,11 +40,11 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on standar
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 
 VERBS = {
-    "train": "Train a model on preferences or demonstrations.",
+    "train": "Train a model on preferences, rankings, ratings or demonstrations.",
     "evaluate": "Held-out accuracy of a model, or its win rate against another.",
     "score": "Log-probability of every response, one JSON line each.",
     "generate": "Sample responses to prompts.",
-    "doctor": "On your model and rows: that every way to a number gives the same one, and what a run takes.",
+    "doctor": "Check on your model and rows that scores are exact, and what a run takes.",
     "chat": "Talk to a model or a run.",
     "merge": "Fold an adapter run into a plain model: merge RUN out=DIR.",
     "report": "Write the report of runs again: report RUN ...",
@@ -59,7 +60,11 @@ def _epilog(verb: str) -> str:
         return ""
     rows = [(k, text) for k, text in all_keys(keys).items() if text]
     width = max(len(key) for key, _ in rows)
-    return "\b\nKeys:\n" + "\n".join(f"  {key:<{width}}  {text}" for key, text in rows)
+    told = "\b\nKeys:\n" + "\n".join(f"  {key:<{width}}  {text}" for key, text in rows)
+    if "method" in keys.model_fields:
+        told += "\n\n\b\nMethods, by the judgements that they take (docs/methods/README.md):"
+        told += "".join(f"\n  {marks}: {' '.join(names)}" for marks, names in by_marks().items())
+    return told
 
 
 def _verb(name: str) -> Callable[..., None]:

@@ -29,9 +29,11 @@ class Opened:
     refs: tuple[str, str | None]
     keys: DoctorKeys | EvaluateKeys | ScoreKeys
 
-    def models(self, dtype: torch.dtype | None = None, *, quantize: bool = False) -> tuple[Any, Any]:
-        """(policy, reference or None), in the precision that the keys ask for, else in this one, else in float32; the policy
-        with weights in 4 bits where asked."""
+    def models(self, dtype: torch.dtype | None = None, load: Callable[..., Any] | None = None) -> tuple[Any, Any]:
+        """(policy, reference or None), in the precision that the keys ask for, else in this one, else in float32.
+
+        load: of the policy; None: `load_model`, which takes language models.
+        """
         from preftune.models.load import check_tokenizer, load_model
         from preftune.training.precision import DTYPES
 
@@ -39,7 +41,7 @@ class Opened:
         trust = self.keys.trust_remote_code
         ref, other = self.refs
         reference = load_model(other, dtype=dtype, key="reference", trust_remote_code=trust) if other else None
-        policy = load_model(ref, dtype=dtype, trust_remote_code=trust, quantize=quantize)
+        policy = (load or load_model)(ref, dtype=dtype, trust_remote_code=trust)
         check_tokenizer(policy, self.tokenizer, reference)
         return policy, reference
 
@@ -50,7 +52,7 @@ def open_data(
     keys: DoctorKeys | EvaluateKeys | ScoreKeys,
     *,
     reference: str | None,
-    check: Callable[[list[Group]], None] = lambda groups: None,
+    check: Callable[[list[Group]], object] = lambda groups: None,
     virtual: int = 0,
 ) -> Opened:
     """Checks the models' files, reads, checks and renders the data; drops are said, and counted by the contract's rule.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from preftune import methods
 from preftune.config import DoctorKeys, resolve
 from preftune.errors import RunFailed
 from preftune.models.inspect import check_adapter_of, facts
 from preftune.models.inspect import resolve as resolve_model
-from preftune.records import Group
 
 log = logging.getLogger("preftune")
 
@@ -21,50 +20,48 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     from preftune.cli.common import open_data
 
     check_adapter_of(facts(resolve_model(keys.model, "model"), "model"), keys.adapter)
-    data = open_data(keys.model, keys.data, keys, reference=None, check=partial(_check, keys), virtual=keys.adapter.virtual)
-    from preftune import methods
+    check = partial(methods.choose, keys.method)
+    data = open_data(keys.model, keys.data, keys, reference=None, check=check, virtual=keys.adapter.virtual)
+    from preftune.data.render import render
     from preftune.models.adapters import add_adapter, is_adapter, trainable_adapter
-    from preftune.models.load import device
+    from preftune.models.load import device, load_model
+    from preftune.models.reward import load_reward
     from preftune.models.size import check_layers
     from preftune.runs.doctor import examine, expect
     from preftune.training.options import TrainOptions
     from preftune.training.precision import DTYPES, default_dtype
     from preftune.training.steps import plan
 
-    name = _choose(keys, data.batch.groups)
+    asked = methods.choose(keys.method, data.batch.groups)
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(device())
-    check_layers(data.refs[0], keys.adapter, trust_remote_code=keys.trust_remote_code)
-    model, _ = data.models(dtype, quantize=keys.adapter.type == "qlora")
+    scalar = methods.needs(asked).scalar
+    check_layers(data.refs[0], keys.adapter, scalar=scalar, trust_remote_code=keys.trust_remote_code)
+    packed = keys.adapter.type == "qlora"
+    load = partial(load_reward if scalar else load_model, quantize=packed)
+    model, _ = data.models(dtype, load=load)
     new_adapter = keys.adapter.type != "none"
     if new_adapter:
         model = add_adapter(model, keys.adapter, seed=keys.seed, tokenizer=data.tokenizer, dtype=dtype)
     else:
         model = trainable_adapter(model) if is_adapter(model) else model.requires_grad_(True)
 
-    batch, method = data.batch, methods.make(name, beta=0.1)
+    method = methods.make(asked, beta=1.0)  # what it costs does not depend on it
+    batch = method.rows(data.batch, partial(render, tokenizer=data.tokenizer, template=keys.data.template))
     options: Any = {"batch_size": keys.batch_size, "epochs": 1.0, "steps": None, "seed": keys.seed}
     the_plan = plan(method.examples(batch.groups), learning_rate=1.0, options=TrainOptions(), **options)
-    steps = [[batch.index(e.group, r) for e in examples for r in e.responses] for _, examples in the_plan.batches]
-    lines = examine(model, batch, steps[0], dtype=dtype, new_adapter=new_adapter)
-    expected = expect(model, batch, steps, dtype=dtype, reference=methods.NEEDS[name].reference)
+    steps = [[batch.index(e.group, r) for e in examples for r in e.rows] for _, examples in the_plan.batches]
+    how: Any = {"dtype": dtype, "new_adapter": new_adapter, "ref": data.refs[0], "packed": packed}
+    lines = examine(model, batch, steps[0], **how)
+    expected = expect(model, batch, steps, dtype=dtype, reference=method.needs_reference)
     healthy = all(line["passed"] for line in lines)
-    result = {"healthy": healthy, "method": name, "dtype": str(dtype).removeprefix("torch."), "checks": lines, "run": expected}
+    told = {"healthy": healthy, "method": method.name, "dtype": str(dtype).removeprefix("torch.")}
+    result = {**told, "checks": lines, "run": expected}
     if not as_json or not healthy:
         _print(result, keys.batch_size)
     if not healthy:
         wrong = ", ".join(line["check"] for line in lines if not line["passed"])
         raise RunFailed(f"not the same: {wrong}. Training on this model and machine would go wrong", code="unhealthy")
     return result
-
-
-def _check(keys: DoctorKeys, groups: list[Group]) -> None:
-    _choose(keys, groups)
-
-
-def _choose(keys: DoctorKeys, groups: Sequence[Group]) -> str:
-    from preftune import methods
-
-    return methods.choose(methods.check_name(keys.method.name) if keys.method.name else None, list(groups))
 
 
 def _print(result: dict[str, Any], batch_size: int) -> None:
@@ -88,10 +85,11 @@ def _print(result: dict[str, Any], batch_size: int) -> None:
     console.print(table)
     run = result["run"]
     free = f" of {run['free_gb']:.3g} free" if run["free_gb"] is not None else ""
+    about = "not known" if run["memory_gb"] is None else f"about {run['memory_gb']:.3g} GB"
     saved = f"{run['tokens']:,} tokens, {run['saved']:.0%} fewer than one by one"
     for line in (
         f"one epoch of {result['method']} in {result['dtype']}: {run['steps']:,} steps of {batch_size}, {saved}",
         f"time: about {duration(run['seconds'])} for the steps, at half the rate of one matrix product on this machine",
-        f"memory: about {run['memory_gb']:.3g} GB{free}, {run['fixed_gb']:.3g} of it weights, gradients and AdamW's moments",
+        f"memory: {about}{free}, {run['fixed_gb']:.3g} GB of it weights, gradients and AdamW's moments",
     ):
         console.print(line, soft_wrap=True)

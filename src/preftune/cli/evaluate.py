@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from preftune import methods
 from preftune.cli.console import Watch
 from preftune.config import EvaluateKeys, resolve
 from preftune.errors import Refusal
 from preftune.models import inspect
-from preftune.records import Group
 
 log = logging.getLogger("preftune")
 
@@ -56,9 +56,11 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
     assert keys.data is not None
     from preftune.cli.common import open_data
 
-    data = open_data(keys.model, keys.data, keys, reference=keys.reference.model, check=partial(_check_marks, keys.method.name))
-    models = data.models()
+    data = open_data(keys.model, keys.data, keys, reference=keys.reference.model, check=partial(methods.choose, keys.method))
     from preftune.evaluation.evaluate import evaluate
+    from preftune.models.reward import load_either
+
+    models = data.models(load=load_either)
 
     with Watch() as watch:
         return evaluate(
@@ -66,7 +68,7 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
             data.tokenizer,
             data.batch,
             reference=models[1],
-            method=keys.method.name,
+            method=keys.method,
             beta=keys.beta,
             template=keys.data.template,
             kl_samples=keys.kl_samples,
@@ -76,21 +78,15 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
         )
 
 
-def _check_marks(method: str | None, groups: list[Group]) -> None:
-    from preftune import methods
-
-    methods.choose(methods.check_name(method) if method else None, groups)
-
-
 def _win_rate(keys: EvaluateKeys) -> dict[str, Any]:
-    from preftune.evaluation.win_rate import check_scorer, load_scorer
+    from preftune.functions import check_scorer, load_function
     from preftune.runs.prepare import load_said
 
     if keys.prompts is None or keys.scorer is None or keys.against is None:
         missing = "prompts" if keys.prompts is None else "scorer"
         line = "a win rate needs against=..., prompts=... and scorer=package.module:function"
         raise Refusal(line, code="missing_key", key=missing)
-    scorer = load_scorer(keys.scorer)
+    scorer = load_function(keys.scorer, "scorer")
     for ref, key in ((keys.model, "model"), (keys.against, "against")):
         inspect.check_vocabulary(inspect.facts(inspect.resolve(ref, key), key))
     groups = load_said(keys.prompts.sources, keys.prompts).groups
@@ -120,7 +116,7 @@ def _win_rate(keys: EvaluateKeys) -> dict[str, Any]:
 
 def _print(result: dict[str, Any]) -> None:
     for name, value in result.items():
-        if value is None or name.endswith("_interval"):
+        if value is None or isinstance(value, list) or name.endswith("_interval"):
             continue
         interval = result.get(f"{name}_interval")
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)

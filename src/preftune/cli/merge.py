@@ -27,13 +27,16 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
         raise Refusal(NO_MERGE, code="cannot_merge", key="RUN")
     out = files.choose_out(keys.out, "merged", overwrite=keys.overwrite)
     from preftune.models.adapters import merged
-    from preftune.models.load import load_model, load_tokenizer, save_model, stored_dtype
+    from preftune.models.load import load_tokenizer, save_model, stored_dtype
+    from preftune.models.reward import load_either, name_padding
     from preftune.training.precision import DTYPES
 
     trust = keys.trust_remote_code
-    model = merged(load_model(ref, trust_remote_code=trust))  # the sum is taken in float32, and rounded once
+    model = merged(load_either(ref, trust_remote_code=trust))  # the sum is taken in float32, and rounded once
     dtype = DTYPES[keys.dtype] if keys.dtype else stored_dtype(ref, trust_remote_code=trust)
     tokenizer = load_tokenizer(ref, trust_remote_code=trust)
+    if known.classifier:
+        name_padding(model, tokenizer)
     files.make(out, overwrite=keys.overwrite).rmdir()
     save_model(model.to(dtype), tokenizer, out)
     base = " (the base is what its 4 bits stand for)" if known.quantized else ""

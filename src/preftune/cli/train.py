@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from preftune.cli.console import Watch
@@ -16,7 +17,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     from preftune.runs.train import train
 
     with Watch() as watch:
-        result = train(keys, progress=watch)
+        result = train(keys, config=next((Path(word) for word in words if "=" not in word), None), progress=watch)
     if isinstance(result, dict):  # the plan of a dry run
         return result
     from preftune.report import verdict

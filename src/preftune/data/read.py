@@ -110,14 +110,14 @@ def enforce(
 def by_row(findings: Sequence[Finding]) -> Counter[str]:
     """How many rows fell away, by code: a row with several findings counts once, a mark without a row for itself."""
     first: dict[tuple[str, int | None, int], str] = {}
-    for n, finding in enumerate(findings):
+    for n, finding in enumerate(f for f in findings if f.severity == "error"):
         first.setdefault((finding.file, finding.row, n if finding.row is None else 0), finding.code)
     return Counter(first.values())
 
 
 def say_drops(findings: Sequence[Finding], part: str = "") -> None:
     """What rendering dropped, after what reading dropped was said."""
-    if findings:
+    if by_row(findings):
         more = f"{by_row(findings).total():,} more rows" + (f" of the {part}" if part else "")
         log.warning(f"{more} dropped: {tally(by_row(findings), findings)}")
 

@@ -8,16 +8,20 @@ to the response. It ends with the end-of-turn or end token, once; what the templ
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from preftune.data.kept import SHORTER, Fault, check_marks, without
 from preftune.data.template import UNSAID_PLAIN, say_once, template_text
 from preftune.errors import Refusal
-from preftune.records import Comparison, Content, Finding, Group, Mark, Origin, Ranking
+from preftune.records import Comparison, Content, Finding, Group, Ranking
 
 TooLong = Literal["drop", "truncate_response", "truncate_prompt_start"]
+log = logging.getLogger("preftune")
+
 _CHUNK = 1024  # groups per tokenizer call: enough for its threads, little text held twice
 
 
@@ -59,15 +63,20 @@ class Batch:
         return len(self.sequences)
 
     def beside(self, extra: Mapping[int, Sequence[Rendered]]) -> Batch:
-        """With further rows under its prompts: those of group g have the numbers from `len(groups[g].responses)` on, and count
-        as responses of it that nobody wrote."""
+        """With further rows under its prompts: those of group g have the numbers from `count(g)` on, and count as responses of
+        it that nobody wrote."""
         first: list[int] = []
         sequences: list[Rendered] = []
-        for g, group in enumerate(self.groups):
+        for g in range(len(self.groups)):
             first.append(len(sequences))
             own = self._first[g]
-            sequences += [*self.sequences[own : own + len(group.responses)], *extra.get(g, ())]
+            sequences += [*self.sequences[own : own + self.count(g)], *extra.get(g, ())]
         return replace(self, sequences=tuple(sequences), _first=tuple(first))
+
+    def count(self, group: int) -> int:
+        """Rows of a group: its responses, and what stands beside them."""
+        ends = (*self._first, len(self.sequences))
+        return ends[group + 1] - ends[group]
 
 
 def render(
@@ -91,8 +100,12 @@ def render(
 
     Returns:
         A Batch. Marks that could not be rendered are gone from its groups, each with one finding of severity `error`; so
-        are faulty responses that no mark needs.
+        are faulty responses that no mark needs. A ranking goes on without a faulty response while two are left: a `warning`.
+
+    Raises:
+        Refusal: a mark that says nothing, such as a preference over 1.
     """
+    check_marks(groups)
     speaker = Speaker(tokenizer, template)
     kept: list[Group] = []
     sequences: list[Rendered] = []
@@ -102,11 +115,13 @@ def render(
         for group, rendered in speaker.render(groups[at : at + _CHUNK], findings):
             rendered, faults = _fit_length(rendered, max_length, too_long, speaker.start_token)
             faults |= {r.response: _EMPTY for r in rendered if r.length == 0}
-            group, order = _without(group, faults, _indistinct(group, rendered), findings)
+            group, order = without(group, faults, _indistinct(group, rendered), findings)
             if group.responses or not rendered:
                 first.append(len(sequences))
                 sequences += [replace(rendered[i], group=len(kept), response=n) for n, i in enumerate(order)]
                 kept.append(group)
+    if shorter := sum(finding.code == SHORTER for finding in findings):
+        log.warning(f"{shorter:,} rankings go on without an answer that cannot be used")
     return Batch(tuple(kept), tuple(sequences), tuple(findings), tuple(first))
 
 
@@ -192,7 +207,7 @@ class Speaker:
             fault = Fault("template_error", f"the chat template refuses this prompt: {_said(error)}")
             if not group.responses:
                 findings.append(Finding(fault.code, "error", fault.message))
-            _without(group, dict.fromkeys(range(len(group.responses)), fault), {}, findings)
+            without(group, dict.fromkeys(range(len(group.responses)), fault), {}, findings)
             return None
         for n, response in enumerate(group.responses):
             try:
@@ -200,7 +215,7 @@ class Speaker:
             except _template_errors() as error:
                 faults[n] = Fault("template_error", f"the chat template refuses this conversation: {_said(error)}")
                 texts.append("")
-        left, order = _without(group, faults, {}, findings)
+        left, order = without(group, faults, {}, findings)
         return (left, [prompt, *(texts[i] for i in order)]) if left.responses or not group.responses else None
 
     def _spans(self, group: Group, prompt: list[int], joined: list[list[int]]) -> list[Rendered]:
@@ -304,13 +319,6 @@ def _said(error: Exception) -> str:
 # -- faults ---------------------------------------------------------------------------------------------------------
 
 
-class Fault(NamedTuple):
-    """Why a response, or a mark, cannot be used."""
-
-    code: str
-    message: str
-
-
 _EMPTY = Fault("empty_answer", "no token of the answer is left to score")
 
 
@@ -350,47 +358,3 @@ def _indistinct(group: Group, rendered: list[Rendered]) -> dict[int, Fault]:
     fault = Fault("identical_tokens", "both answers have the same tokens: nothing to learn from")
     pairs = [(n, pair) for n, m in enumerate(group.marks) if isinstance(m, Comparison | Ranking) for pair in m.pairs()]
     return {n: fault for n, pair in pairs if rendered[pair.a].ids == rendered[pair.b].ids}
-
-
-def _without(
-    group: Group, faults: Mapping[int, Fault], bad_marks: Mapping[int, Fault], findings: list[Finding]
-) -> tuple[Group, list[int]]:
-    """The group without faulty responses, the marks that need them, and what is then needed by no mark any more.
-
-    Args:
-        faults: by index of the response. bad_marks: by index of the mark.
-        findings: gets one for each mark that is gone, and one for each faulty response that no mark needs.
-
-    Returns:
-        What is left, and the indices that its responses had.
-    """
-    if not faults and not bad_marks:
-        return group, list(range(len(group.responses)))
-    marked = {i for mark in group.marks for i in mark.responses}
-    lost = set(faults)
-    marks: list[Mark] = []
-    for n, mark in enumerate(group.marks):
-        faulty = [i for i in mark.responses if i in faults]
-        if not faulty and n not in bad_marks:
-            marks.append(mark)
-            continue
-        lost |= set(mark.responses)
-        findings.append(_finding(group, mark, faulty, faults) if faulty else _at(mark.origin, bad_marks[n]))
-    findings += [_at(next(iter(group.responses[i].origins), None), faults[i]) for i in faults if i not in marked]
-    needed = {i for mark in marks for i in mark.responses}
-    order = [i for i in range(len(group.responses)) if i in needed or i not in lost]
-    return group.restricted(marks, order), order
-
-
-def _finding(group: Group, mark: Mark, faulty: list[int], faults: Mapping[int, Fault]) -> Finding:
-    """Names the columns of the answers that are at fault, which need not be the mark's own."""
-    where = mark.origin or Origin("", 0, "")
-    origins = [o for i in faulty for o in group.responses[i].origins if (o.file, o.row) == (where.file, where.row)]
-    columns = ", ".join(dict.fromkeys(o.column for o in origins))
-    message = "; ".join(dict.fromkeys(faults[i].message for i in faulty))
-    return _at(replace(where, column=columns), Fault(faults[faulty[0]].code, message))
-
-
-def _at(origin: Origin | None, fault: Fault) -> Finding:
-    file, row, column = (origin.file, origin.row or None, origin.column or None) if origin else ("", None, None)
-    return Finding(fault.code, "error", fault.message, file, row, column)

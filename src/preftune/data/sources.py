@@ -15,6 +15,7 @@ from preftune.data.faults import RowFault
 from preftune.data.formats import recognise
 from preftune.data.hub import dataset_rows, is_dataset, is_hub_name, is_saved, load_hub, load_saved, no_splits
 from preftune.data.options import DataOptions, Source
+from preftune.data.ranked import is_ranked, ranked
 from preftune.data.readers import kind_of, read_rows
 from preftune.errors import Refusal, nearest
 from preftune.records import Group
@@ -42,8 +43,8 @@ def streams(sources: Any, options: DataOptions) -> Iterator[Stream]:
         if kind in ("rows", "groups"):
             if options.split:
                 raise no_splits(kind)
-            numbered = enumerate(cast("Iterable[Item]", alike), start=1)
-            yield from _limited([Stream(kind, numbered)], Source(path=kind), options)
+            numbered = ((n, ranked(row, kind, n) if is_ranked(row) else row) for n, row in enumerate(alike, start=1))
+            yield from _limited([Stream(kind, cast("Rows", numbered))], Source(path=kind), options)
             continue
         for item in alike:
             if kind == "dataset":

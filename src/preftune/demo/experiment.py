@@ -23,7 +23,8 @@ from preftune.data.render import render_prompts
 from preftune.demo import scorers
 from preftune.evaluation.intervals import mean_interval
 from preftune.evaluation.kl import kl_per_response
-from preftune.evaluation.win_rate import judge, win_rate
+from preftune.evaluation.win_rate import win_rate
+from preftune.functions import judge
 from preftune.generation.sample import Sample, Sampling, sample
 from preftune.models.load import load_model, load_tokenizer
 from preftune.records import By, Comparison, Group, Response

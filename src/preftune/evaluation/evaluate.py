@@ -15,8 +15,10 @@ from preftune.errors import Refusal
 from preftune.evaluation.held_out import held_out, needed_rows
 from preftune.evaluation.intervals import mean_interval
 from preftune.evaluation.kl import kl_per_response
-from preftune.evaluation.win_rate import Scorer, judge, win_rate
+from preftune.evaluation.win_rate import win_rate
+from preftune.functions import Scorer, judge
 from preftune.generation.sample import Sample, Sampling, sample, with_room
+from preftune.models.adapters import gives_scalars
 from preftune.models.load import check_tokenizer, longest, max_positions
 from preftune.records import Group
 from preftune.scoring.score import score_logp
@@ -35,8 +37,8 @@ def evaluate(
     groups: Sequence[Group] | Batch,
     *,
     reference: Any = None,
-    method: str | None = None,
-    beta: float = 0.1,
+    method: methods.Asked = None,
+    beta: float | None = None,
     max_length: int | None = None,
     too_long: TooLong = "drop",
     template: str | None = None,
@@ -51,13 +53,15 @@ def evaluate(
         model, tokenizer: a causal language model of transformers (or peft) and its tokenizer.
         groups: from `preftune.read`, or already rendered.
         reference: the model that log-ratios, accuracy, loss and KL are taken against; None: those are None.
-        method: whose loss is reported; None: by the kind of marks.
+        method: whose loss is reported, as in `fit`; None: by the kind of marks.
+        beta: None: the method's own default.
         kl_samples: prompts that one response each is sampled for, to measure the KL; 0: no KL.
         progress: called with (phase, done, total, {}) as the work goes on.
 
     Returns:
         `comparisons, demonstrations, prompts, accuracy, accuracy_interval, logp_accuracy, logp_accuracy_interval, margin
-        (nats, without beta), loss, kl (nats per response), kl_samples, kl_interval, method, beta`, and `perplexity` for sft.
+        (nats, without beta), loss, kl (nats per response), kl_samples, kl_interval, method, beta`; for sft also `perplexity`,
+        for other judgements their number, `ratings` or `rankings`.
 
     Raises:
         Refusal: data without marks for the method, or vocabularies that do not fit.
@@ -71,16 +75,19 @@ def evaluate(
         judged = sum(len(g.marks) for g in groups)
         enforce(judged, by_row(batch.findings), batch.findings, strict=False, allow_drops=False)
         say_drops(batch.findings)
-    name = methods.choose(methods.check_name(method) if method else None, list(batch.groups))
-    chosen = methods.make(name, beta=beta)
+    scalar, named = gives_scalars(model), bool(methods.options_of(method).members)
+    asked = methods.choose("reward" if scalar and not named else method, batch.groups)
+    methods.check_head(asked, scalar=scalar)
+    methods.check_beta(asked, beta)
+    chosen = methods.make(asked, beta=beta)
+    batch = chosen.rows(batch, partial(render, tokenizer=tokenizer, template=template))
     rows = needed_rows(batch, chosen)
     policy_logp = score_logp(model, batch, rows, progress=counted(progress, "evaluate", len(rows)))
     reference_logp = None
     if reference is not None:
         reference_logp = score_logp(reference, batch, rows, progress=counted(progress, "reference", len(rows)))
-    used_beta = beta if chosen.needs_reference else None
-    result = held_out(batch, chosen, policy_logp, reference_logp, beta=used_beta, seed=seed)
-    if reference is None or not kl_samples:
+    result = held_out(batch, chosen, policy_logp, reference_logp, seed=seed)
+    if reference is None or not kl_samples or chosen.head == "scalar":
         return result
     prompts = batch.groups[:kl_samples]
     how = Sampling(max_new_tokens=max_new_tokens, seed=seed)

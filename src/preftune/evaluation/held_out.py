@@ -10,27 +10,33 @@ import torch
 from torch import Tensor
 
 from preftune.data.render import Batch
+from preftune.evaluation.calibration import calibration
 from preftune.evaluation.intervals import mean_interval
 from preftune.methods.pairs import comparisons, right_sign
+from preftune.training.gradient import denominator
 from preftune.training.method import Example, Method, Scored
 
 
 def needed_rows(batch: Batch, method: Method) -> list[int]:
-    """The responses that `held_out` reads scores of."""
+    """The rows that `held_out` reads scores of."""
     examples = [*method.examples(batch.groups), *comparisons(batch.groups)]
-    return sorted({batch.index(e.group, r) for e in examples for r in e.responses})
+    return sorted({batch.index(e.group, r) for e in examples for r in e.rows})
 
 
 def method_metrics(batch: Batch, method: Method, policy_logp: Tensor, reference_logp: Tensor | None) -> dict[str, float]:
-    """Mean loss and metrics of the method over a scored batch, as a training step would log them."""
+    """Mean loss and metrics of the method over a scored batch, as a training step of all its examples would log them."""
     examples = method.examples(batch.groups)
     if not examples or (method.needs_reference and reference_logp is None):
         return {}
-    index, length = _index(batch, examples), torch.tensor([s.length for s in batch.sequences], dtype=torch.float32)
-    weight, preference = (torch.tensor([getattr(e, name) for e in examples]) for name in ("weight", "preference"))
-    loss, metrics = method.loss(Scored(policy_logp, reference_logp, length, index, preference, weight))
-    lengths = length[index].tolist()
-    total = sum(method.weight(e, lengths[n]) for n, e in enumerate(examples))
+    rows = [[batch.index(e.group, r) for r in e.read] for e in examples]
+    lengths = [s.length for s in batch.sequences]
+    baseline = None
+    if method.baseline is not None:
+        assert reference_logp is not None
+        beside = [batch.index(e.group, r) for e in examples for r in e.beside]
+        baseline = method.baseline(policy_logp[beside] - reference_logp[beside])
+    loss, metrics = method.loss(Scored.of(examples, rows, policy_logp, reference_logp, lengths, baseline))
+    total = denominator(method, batch, examples)
     means = {name: float(values.nanmean()) for name, values in metrics.items()}
     return {"loss": float(loss.sum()) / total, **{k: v for k, v in means.items() if not math.isnan(v)}}
 
@@ -41,39 +47,44 @@ def held_out(
     policy_logp: Tensor,
     reference_logp: Tensor | None,
     *,
-    beta: float | None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What `preftune evaluate` says of a scored batch; None where the data or a missing reference leaves no answer.
+    """What `preftune evaluate` says of a scored batch; None where the data or a missing reference leaves no answer. Of a reward
+    model accuracy and margin are those of its rewards, and their calibration stands beside.
 
     Args:
         batch: rendered held-out groups.
         method: whose loss is reported.
-        policy_logp, reference_logp: [len(batch)] nats, summed over the span.
-        beta: of the method, where it has one.
+        policy_logp, reference_logp: [len(batch)] nats, summed over the span; NaN where no figure reads them. policy_logp of a
+            reward model: its rewards.
     """
     pairs = comparisons(batch.groups)
     prompts = [e.group for e in pairs]
     result: dict[str, Any] = {
         "comparisons": len(pairs),
-        "demonstrations": len(method.examples(batch.groups)) if method.name == "sft" else None,
+        "demonstrations": None,
         "prompts": len({s.group for s in batch.sequences}),
     }
+    if method.examples_are != "comparisons":
+        result[method.examples_are] = len(method.examples(batch.groups))
     index = _index(batch, pairs)
-    log_ratio = None if reference_logp is None else policy_logp - reference_logp
-    for name, values in (("accuracy", log_ratio), ("logp_accuracy", policy_logp)):
+    if method.head == "scalar":
+        rewards, logp = policy_logp, None
+    else:
+        rewards, logp = None if reference_logp is None else policy_logp - reference_logp, policy_logp
+    for name, values in (("accuracy", rewards), ("logp_accuracy", logp)):
         found = None
         if pairs and values is not None:
             found = mean_interval(right_order(batch, values).tolist(), prompts, seed=seed)
         result[name], result[f"{name}_interval"] = found or (None, None)
     metrics = method_metrics(batch, method, policy_logp, reference_logp)
-    margin = None
-    if pairs and log_ratio is not None:
-        margin = float((log_ratio[index[:, 0]] - log_ratio[index[:, 1]]).mean())
-    result |= {"margin": margin, "loss": metrics.get("loss")}
-    if method.name == "sft":
+    margins = None if rewards is None or not pairs else rewards[index[:, 0]] - rewards[index[:, 1]]
+    result |= {"margin": None if margins is None else float(margins.mean()), "loss": metrics.get("loss")}
+    if method.head == "scalar" and margins is not None:
+        result |= calibration(margins, torch.tensor([e.preference for e in pairs]))
+    if method.examples_are == "demonstrations":  # whose loss is per token
         result["perplexity"] = math.exp(metrics["loss"]) if "loss" in metrics else None
-    return result | {"kl": None, "kl_samples": None, "kl_interval": None, "method": method.name, "beta": beta}
+    return result | {"kl": None, "kl_samples": None, "kl_interval": None, "method": method.name, "beta": method.beta}
 
 
 def right_order(batch: Batch, values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from preftune.errors import RunFailed
 from preftune.generation.sample import Sample
 from preftune.scoring.plan import pack
+from preftune.scoring.rope import Rope
 from preftune.scoring.score import default_budget
 from preftune.scoring.scorer import evaluation_mode
 
@@ -40,13 +41,14 @@ def kl_per_response(
     Raises:
         RunFailed: a value that is not finite.
     """
-    from preftune.models.adapters import adapter_off
+    from preftune.models.adapters import adapter_off, virtual_tokens
 
     other = policy if without_adapter else reference
     values = [0.0] * len(samples)
     ids = [list(s.prompt_ids) + list(s.ids) for s in samples]
     with torch.no_grad(), evaluation_mode(policy), evaluation_mode(other):
-        for rows in pack([len(i) for i in ids], default_budget(policy) // 2):
+        before = virtual_tokens(policy), 0 if without_adapter else virtual_tokens(other)
+        for rows in _passes(policy, other, [len(i) for i in ids], before):
             log_p = _log_probabilities(policy, [ids[r] for r in rows], nullcontext())
             off = adapter_off(policy) if without_adapter else nullcontext()
             log_q = _log_probabilities(other, [ids[r] for r in rows], off)
@@ -64,6 +66,19 @@ def kl_per_response(
             if progress:
                 progress(len(rows))
     return values
+
+
+def _passes(policy: Any, other: Any, lengths: list[int], before: tuple[int, int]) -> Iterator[list[int]]:
+    """Rows that go through both models together: none whose rotary frequencies are others in one of them. `before`: the
+    virtual tokens of each model."""
+    ropes = Rope.of(policy), Rope.of(other)
+    for side in ropes[0].runs([before[0] + length for length in lengths]):
+        for part in ropes[1].runs([before[1] + lengths[n] for n in side]):
+            own = [side[n] for n in part]
+            for rows in pack([lengths[n] for n in own], default_budget(policy) // 2):
+                for rope in ropes:
+                    rope.restart()
+                yield [own[n] for n in rows]
 
 
 def _log_probabilities(model: Any, ids: list[list[int]], mode: AbstractContextManager[None]) -> torch.Tensor:

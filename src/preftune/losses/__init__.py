@@ -4,6 +4,7 @@
 """
 
 from preftune.losses.anchored import apo_down, apo_zero, bco, nca, sppo
+from preftune.losses.constraints import drift, excess, score_function
 from preftune.losses.divergence import diverge
 from preftune.losses.extended import dpop, mm_dpo, rpo
 from preftune.losses.lengths import ipo_mean, ld_dpo, ln_dpo, r_dpo
@@ -33,6 +34,8 @@ __all__ = [
     "diverge",
     "dpo",
     "dpop",
+    "drift",
+    "excess",
     "exo",
     "hinge",
     "ipo",
@@ -50,6 +53,7 @@ __all__ = [
     "rewards",
     "robust",
     "rpo",
+    "score_function",
     "sft",
     "simpo",
     "sppo",

@@ -1,38 +1,136 @@
-"""What every method of comparisons shares: its examples, and the metrics of a pair."""
+"""Methods of pairs: one class for all, whose loss is the function of that name in `losses`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from preftune import losses
-from preftune.records import Comparison, Group
-from preftune.training.method import Example, Scored
+from preftune.data.render import Batch
+from preftune.losses.algebra import expected, nll_per_token
+from preftune.losses.divergence import Divergence
+from preftune.records import Comparison, Group, Pairs, Ranking
+from preftune.scoring.head import Kind
+from preftune.training.method import Example, Render, Scored
+
+Loss = Callable[..., Tensor]
 
 
-def comparisons(groups: Sequence[Group]) -> list[Example]:
-    """Every comparison as (chosen, rejected), the likelier winner first; one of weight 0 asks for nothing."""
+class Pairwise:
+    """A loss of pairs. What it takes of the scores is read from its signature.
+
+    Args:
+        hyperparameters: of the loss, besides beta.
+        divergence, divergence_alpha: see `losses.diverge`.
+        weighting: wpo, see `losses.wpo_weight`: what the batch is divided by stays the sum of the marks' own weights.
+        pairs: which pairs of a ranking.
+    """
+
+    examples_are = "comparisons"
+    head: Kind = "logp"
+    width = 2
+    baseline = None
+
+    def __init__(
+        self,
+        name: str,
+        loss: Loss,
+        *,
+        beta: float | None = 0.1,
+        hyperparameters: Mapping[str, float] | None = None,
+        divergence: Divergence = "reverse_kl",
+        divergence_alpha: float = 0.5,
+        weighting: str | None = None,
+        pairs: Pairs = "all",
+    ) -> None:
+        self.name, self.beta = name, beta
+        self.pairs: Pairs = pairs
+        self.given = {"beta": beta, **(hyperparameters or {})}
+        self.divergence: Divergence = divergence
+        self.divergence_alpha, self.weighting = divergence_alpha, weighting
+        self.function, self.takes = loss, set(signature(loss).parameters)
+        self.needs_reference = "reference_logp" in self.takes
+        self.separable = name not in losses.COUPLED
+
+    def rows(self, batch: Batch, render: Render) -> Batch:
+        return batch
+
+    def roles(self, example: Example) -> list[str]:
+        return ["chosen", "rejected"]
+
+    def examples(self, groups: Sequence[Group]) -> list[Example]:
+        return comparisons(groups, self.pairs)
+
+    def weight(self, example: Example, lengths: Sequence[int]) -> float:
+        return example.weight
+
+    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = scored.index[:, 0], scored.index[:, 1]
+        policy_logp, weight = scored.policy_logp, scored.weight
+        if self.divergence != "reverse_kl":
+            assert scored.reference_logp is not None
+            policy_logp = losses.diverge(policy_logp, scored.reference_logp, self.divergence, alpha=self.divergence_alpha)
+        if self.weighting == "wpo":
+            weight = weight * losses.wpo_weight(scored.policy_logp, scored.length, chosen, rejected)
+        found = {
+            "policy_logp": policy_logp,
+            "reference_logp": scored.reference_logp,
+            "length": scored.length,
+            "chosen": chosen,
+            "rejected": rejected,
+            "preference": scored.preference,
+            "weight": weight,
+            "margin": scored.strength,
+            **self.given,
+        }
+        return self.function(**taken(found, self.takes)), pair_metrics(scored, self.beta if self.needs_reference else None)
+
+
+def taken(found: Mapping[str, Any], takes: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name in takes}
+
+
+def likelihood(
+    policy_logp: Tensor, length: Tensor, chosen: Tensor, rejected: Tensor, *, preference: Tensor, weight: Tensor
+) -> Tensor:
+    """`sft` as a part of a mix: -logp / length of the chosen answer, nats per token of this answer (rpo's own term). The soft
+    label is the expectation over the label."""
+    nll = nll_per_token(policy_logp, length)
+    return expected(lambda a, b: nll[a], chosen, rejected, preference, weight)
+
+
+def comparisons(groups: Sequence[Group], pairs: Pairs = "all") -> list[Example]:
+    """Every comparison as (chosen, rejected), the likelier winner first, and a ranking as its pairs; one of weight 0 asks for
+    nothing."""
     found: list[Example] = []
     for n, group in enumerate(groups):
-        for mark in group.marks:
-            if isinstance(mark, Comparison) and mark.weight > 0:
-                chosen, rejected, preference = mark.ordered
-                found.append(Example(n, (chosen, rejected), preference, mark.weight, mark.origin))
+        for m, mark in enumerate(group.marks):
+            if isinstance(mark, Comparison | Ranking) and mark.weight > 0:
+                for pair in mark.pairs(pairs):
+                    chosen, rejected, preference = pair.ordered
+                    strength = pair.by.strength if pair.by and pair.by.strength is not None else 0.0
+                    found.append(Example(n, (chosen, rejected), preference, pair.weight, mark.origin, strength, mark=m))
     return found
 
 
-def pair_metrics(scored: Scored, reference_logp: Tensor, beta: float) -> dict[str, Tensor]:
-    """[P] each, without a graph; margin without beta, reward = beta * log_ratio."""
+def pair_metrics(scored: Scored, beta: float | None) -> dict[str, Tensor]:
+    """[P] each, without a graph; margin without beta, reward = beta * log_ratio. Without a reference there are neither."""
     policy_logp = scored.policy_logp.detach()
-    log_ratio = policy_logp - reference_logp
-    reward = losses.rewards(policy_logp, reference_logp, beta)
-    chosen, rejected = scored.index.unbind(1)
-    margin = log_ratio[chosen] - log_ratio[rejected]
-    metrics = {"margin": margin, "accuracy": right_sign(margin, scored.preference)}
-    sides = (("reward", reward), ("logp", policy_logp), ("log_ratio", log_ratio), ("length", scored.length))
-    for name, values in sides:
+    chosen, rejected = scored.index[:, 0], scored.index[:, 1]
+    metrics: dict[str, Tensor] = {}
+    sides = {"logp": policy_logp, "length": scored.length}
+    if scored.reference_logp is None or beta is None:
+        metrics["logp_accuracy"] = right_sign(policy_logp[chosen] - policy_logp[rejected], scored.preference)
+    else:
+        log_ratio = policy_logp - scored.reference_logp
+        margin = log_ratio[chosen] - log_ratio[rejected]
+        metrics |= {"margin": margin, "accuracy": right_sign(margin, scored.preference)}
+        sides |= {"reward": losses.rewards(policy_logp, scored.reference_logp, beta), "log_ratio": log_ratio}
+    for name, values in sides.items():
         metrics[f"{name}/chosen"] = values[chosen]
         metrics[f"{name}/rejected"] = values[rejected]
     return metrics

@@ -7,31 +7,37 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from preftune import losses
-from preftune.records import Comparison, Demonstration, Group
-from preftune.training.method import Example, Scored
+from preftune.data.render import Batch
+from preftune.records import Comparison, Demonstration, Group, Mark, Ranking
+from preftune.scoring.head import Kind
+from preftune.training.method import Example, Render, Scored
 
 
 class SFT:
     name = "sft"
+    examples_are = "demonstrations"
+    head: Kind = "logp"
     width = 1
+    beta = None
+    baseline = None
     needs_reference = False
     separable = True
 
+    def rows(self, batch: Batch, render: Render) -> Batch:
+        return batch
+
+    def roles(self, example: Example) -> list[str]:
+        return ["response"]
+
     def examples(self, groups: Sequence[Group]) -> list[Example]:
-        """Demonstrations, and each distinct chosen answer once; a tied comparison has no chosen answer."""
+        """Demonstrations, and each distinct best answer of a comparison or a ranking once; ties have no best answer."""
         found: list[Example] = []
         for n, group in enumerate(groups):
             taken: set[int] = set()
-            for mark in group.marks:
-                if isinstance(mark, Demonstration):
-                    response = mark.response
-                elif isinstance(mark, Comparison) and mark.preference != 0.5:
-                    response = mark.ordered[0]
-                else:
-                    continue
-                if response not in taken and mark.weight > 0:
-                    taken.add(response)
-                    found.append(Example(n, (response,), 1.0, mark.weight, mark.origin))
+            for m, mark in enumerate(group.marks):
+                best = [response for response in _best(mark) if response not in taken and mark.weight > 0]
+                taken.update(best)
+                found += [Example(n, (response,), 1.0, mark.weight, mark.origin, mark=m) for response in best]
         return found
 
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
@@ -41,3 +47,16 @@ class SFT:
         response = scored.index[:, 0]
         metrics = {"logp/chosen": scored.policy_logp.detach()[response], "length/chosen": scored.length[response]}
         return losses.sft(scored.policy_logp, response, weight=scored.weight), metrics
+
+
+def _best(mark: Mark) -> tuple[int, ...]:
+    """The answers that the mark says to imitate."""
+    match mark:
+        case Demonstration():
+            return (mark.response,)
+        case Comparison() if mark.preference != 0.5:
+            return (mark.ordered[0],)
+        case Ranking() if len(mark.tiers) > 1:
+            return mark.tiers[0]
+        case _:
+            return ()

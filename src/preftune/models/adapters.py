@@ -13,6 +13,7 @@ from torch import Tensor
 from preftune.errors import Refusal
 from preftune.models.options import AdapterOptions
 from preftune.models.quantized import differentiable, is_quantized, unpacked
+from preftune.models.randomness import random_state_kept
 from preftune.models.weights import copy_sharing
 
 TRAINED = ("lora_", "modules_to_save.", "prompt_encoder.")  # in the names of what an adapter trains
@@ -20,6 +21,18 @@ TRAINED = ("lora_", "modules_to_save.", "prompt_encoder.")  # in the names of wh
 
 def is_adapter(model: Any) -> bool:
     return hasattr(model, "peft_config")
+
+
+def gives_scalars(model: Any) -> bool:
+    """Whether it is a sequence classifier with one label, as reward models are; a peft model is asked for what is inside."""
+    base = getattr(model, "get_base_model", None)
+    inner = base() if base else model
+    return callable(getattr(inner, "score", None)) and getattr(inner.config, "num_labels", None) == 1
+
+
+def task_of(model: Any) -> str:
+    """As peft calls it. Of a reward model the head trains as a whole, beside the adapter, and is saved with it."""
+    return "SEQ_CLS" if gives_scalars(model) else "CAUSAL_LM"
 
 
 def virtual_tokens(model: Any) -> int:
@@ -42,7 +55,7 @@ def add_adapter(
     Raises:
         Refusal: no layer has the names that are asked for, or the model cannot take virtual tokens.
     """
-    with torch.random.fork_rng():
+    with random_state_kept(model.device):
         torch.manual_seed(seed)
         made = _with_virtual_tokens(model, options, tokenizer) if options.virtual else _with_low_rank(model, options)
     if options.type == "dora" and dtype is not None:
@@ -54,7 +67,7 @@ def _with_low_rank(model: Any, options: AdapterOptions) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(model),
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft divides by r: a fraction is fine
         lora_dropout=options.dropout,
@@ -101,7 +114,7 @@ def _with_virtual_tokens(model: Any, options: AdapterOptions, tokenizer: Any) ->
     from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
     kind = PromptTuningConfig if options.type == "prompt" else PrefixTuningConfig
-    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=options.tokens)
+    config = kind(task_type=task_of(model), num_virtual_tokens=options.tokens)
     if model.device.type == "meta":
         return get_peft_model(model, config, autocast_adapter_dtype=False)
     ids = _start_ids(options, tokenizer, model.get_input_embeddings().weight.shape[0])

@@ -24,8 +24,9 @@ DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt", "
 class Facts:
     """Facts of a local folder. `folder` is None for a hub name, of which nothing is known before it is fetched.
 
-    tokens: token -> id, where a tokenizer.json is there. virtual: tokens that an adapter puts before every sequence.
-    quantized: the weights, or those of an adapter's base, are held in few bits.
+    tokens: token -> id, where a tokenizer.json is there. classifier: a sequence classifier, as reward models are. virtual:
+    tokens that an adapter puts before every sequence. quantized: the weights, or those of an adapter's base, are held in few
+    bits.
     """
 
     ref: str
@@ -33,6 +34,7 @@ class Facts:
     adapter: bool = False
     vocab_size: int | None = None
     tokens: dict[str, int] | None = None
+    classifier: bool = False
     virtual: int = 0
     quantized: bool = False
 
@@ -75,7 +77,8 @@ def facts(ref: str, key: str) -> Facts:
         raise Refusal(f"{ref} holds no weights (no .safetensors, no .bin)", code="no_weights", key=key)
     config = _json(folder / "config.json", key)
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return Facts(ref, folder, False, size, _tokens(folder, key), quantized="quantization_config" in config)
+    classifier = any("ForSequenceClassification" in name for name in config.get("architectures") or ())
+    return Facts(ref, folder, False, size, _tokens(folder, key), classifier, quantized="quantization_config" in config)
 
 
 def _adapter_facts(ref: str, folder: Path, key: str) -> Facts:
@@ -96,6 +99,7 @@ def _adapter_facts(ref: str, folder: Path, key: str) -> Facts:
         folder=folder,
         adapter=True,
         tokens=_tokens(folder, key) or known.tokens,
+        classifier=settings.get("task_type") == "SEQ_CLS",
         virtual=settings.get("num_virtual_tokens") or 0,
         quantized=known.quantized or (folder / QUANTIZED).is_file(),
     )

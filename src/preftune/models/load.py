@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from preftune.errors import Refusal
 from preftune.models.adapters import is_adapter, virtual_tokens
-from preftune.models.inspect import QUANTIZED, check_installed, facts, resolve, stored, stored_types
+from preftune.models.inspect import QUANTIZED, Facts, check_installed, facts, resolve, stored, stored_types
 from preftune.models.quantized import compute_in, is_quantized, note, settings
 from preftune.models.weights import copy_sharing
 
@@ -36,10 +36,10 @@ def device() -> torch.device:
 
 def load_tokenizer(ref: str, *, key: str = "model", trust_remote_code: bool = False) -> Any:
     path = resolve(ref, key)
-    with _refusing(ref, "tokenizer", key), _quiet(warnings=False):
+    with refusing(ref, "tokenizer", key), quiet(warnings=False):
         known = facts(path, key)
         if known.adapter and not (Path(path) / "tokenizer_config.json").is_file():
-            path = _base(path)
+            path = base_of(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
@@ -58,31 +58,49 @@ def load_model(
         dtype: that it computes in.
         quantize: hold the weights of its linear layers in 4 bits.
     """
-    path = resolve(ref, key)
-    if Path(path).is_dir():  # an adapter notes where its base is: a place that holds from any working folder
-        path = str(Path(path).absolute())
-    known = facts(path, key)
-    adapter, packed = known.adapter, quantize or known.quantized
-    how: dict[str, Any] = {"dtype": dtype}
-    if packed:
-        check_installed("adapter.type" if quantize else key)
-        how = _packing(path, trust_remote_code=trust_remote_code)
-    with _refusing(ref, "model", key), _quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            _base(path) if adapter else path, trust_remote_code=trust_remote_code, output_loading_info=True, **how
-        )
-        model, info = loaded
-        if info["missing_keys"]:  # transformers would fill them with random numbers
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
-            line = f"{ref} holds no causal language model: its weights lack {missing}"
+    path, known = place_of(ref, key)
+    if known.classifier:
+        line = f"{ref} holds a reward model, which gives a number and writes no text: evaluate data=... takes it"
+        raise Refusal(line, code="reward_model", key=key)
+    how = {"trust_remote_code": trust_remote_code, "quantize": quantize}
+    with refusing(ref, "model", key), quiet():
+        model, missing = load_base(AutoModelForCausalLM, path, dtype=dtype, key=key, **how)
+        if missing:  # transformers would fill them with random numbers
+            line = f"{ref} holds no causal language model: its weights lack {', '.join(missing[:3])}"
             raise Refusal(line, code="incomplete_model", key=key)
-        model = compute_in(model, dtype) if packed else model.to(device())
-        if adapter:
-            model = _adapted(model, path, key)
+        model = with_adapter(model, path, key) if known.adapter else model
     return model.to(device()).eval()
 
 
-def _adapted(model: Any, path: str, key: str) -> Any:
+def place_of(ref: str, key: str) -> tuple[str, Facts]:
+    """Where a model is, of a folder a place that holds from any working folder, since an adapter notes it; and its facts."""
+    path = resolve(ref, key)
+    path = str(Path(path).absolute()) if Path(path).is_dir() else path
+    return path, facts(path, key)
+
+
+def load_base(
+    kind: Any, path: str, *, dtype: torch.dtype, key: str, trust_remote_code: bool, quantize: bool, **keys: Any
+) -> tuple[Any, list[str]]:
+    """(model, names of weights that its files lack) of a model, or of the base of an adapter.
+
+    Args:
+        kind: a class of transformers that loads models.
+        quantize: see `load_model`; what is an adapter over a base in 4 bits is loaded so in any case.
+        **keys: of transformers' `from_pretrained`.
+    """
+    known = facts(path, key)
+    keys |= {"trust_remote_code": trust_remote_code, "dtype": dtype}
+    if packed := quantize or known.quantized:
+        check_installed("adapter.type" if quantize else key)
+        keys |= packing(path, trust_remote_code=trust_remote_code)
+    loaded: Any = kind.from_pretrained(base_of(path) if known.adapter else path, output_loading_info=True, **keys)
+    model, info = loaded
+    model = compute_in(model, dtype) if packed else model.to(device())
+    return model, sorted(info["missing_keys"])
+
+
+def with_adapter(model: Any, path: str, key: str) -> Any:
     """The base with the adapter of a folder, of which every tensor has found its place."""
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -96,17 +114,17 @@ def _adapted(model: Any, path: str, key: str) -> Any:
     return made
 
 
-def _packing(path: str, *, trust_remote_code: bool) -> dict[str, Any]:
+def packing(path: str, *, trust_remote_code: bool) -> dict[str, Any]:
     """How a base is loaded in few bits: packed from the precision that it is stored in, whatever the run computes in, so that
     the same files always give the same weights."""
     folder = Path(path) if (Path(path) / QUANTIZED).is_file() else None
-    base = _base(path) if facts(path, "model").adapter else path
+    base = base_of(path) if facts(path, "model").adapter else path
     own = Path(base).is_dir() and facts(base, "model").quantized  # packed when it was saved, and says how itself
     how = {} if own else {"quantization_config": settings(folder)}
     return how | {"dtype": stored_dtype(path, trust_remote_code=trust_remote_code), "device_map": {"": device()}}
 
 
-def _base(path: str) -> str:
+def base_of(path: str) -> str:
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
@@ -118,8 +136,8 @@ def _base(path: str) -> str:
 def stored_dtype(ref: str, *, trust_remote_code: bool = False) -> torch.dtype:
     """The precision that most weights are stored in, those of the base for an adapter; float32 where nothing says it."""
     path = resolve(ref, "model")
-    with _refusing(ref, "model", "model"), _quiet(warnings=False):
-        base = _base(path) if facts(path, "model").adapter else path
+    with refusing(ref, "model", "model"), quiet(warnings=False):
+        base = base_of(path) if facts(path, "model").adapter else path
         counts = {dtype: count for name, count in stored_types(base).items() if (dtype := _STORED.get(name))}
         if counts:
             return max(counts, key=counts.__getitem__)
@@ -140,7 +158,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype |
                 parameter.data = parameter.data.to(dtype)
     elif dtype is not None and any(p.dtype != dtype for p in model.parameters()):
         model = copy.deepcopy(model).to(dtype=dtype)  # the whole model: tied weights stay tied, and the config says the dtype
-    with _quiet():
+    with quiet():
         model.save_pretrained(aside)
         if is_adapter(model) and is_quantized(model):
             note(model, aside)
@@ -167,9 +185,9 @@ def _positions(config: Any) -> int | None:
 def positions_of(ref: str, *, trust_remote_code: bool = False) -> int | None:
     """The same from the config alone, before the weights are loaded."""
     path = resolve(ref, "model")
-    with _refusing(ref, "config", "model"), _quiet(warnings=False):
+    with refusing(ref, "config", "model"), quiet(warnings=False):
         known = facts(path, "model")
-        base = _base(path) if known.adapter else path
+        base = base_of(path) if known.adapter else path
         limit = _positions(AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code))
     return None if limit is None else limit - known.virtual
 
@@ -233,7 +251,7 @@ def _rows(model: Any) -> int:
 
 
 @contextmanager
-def _quiet(*, warnings: bool = True) -> Generator[None]:
+def quiet(*, warnings: bool = True) -> Generator[None]:
     """Progress bars of other libraries hide our own lines; so do their warnings about what we refuse in a line of ours."""
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
@@ -248,7 +266,7 @@ def _quiet(*, warnings: bool = True) -> Generator[None]:
 
 
 @contextmanager
-def _refusing(ref: str, what: str, key: str) -> Generator[None]:
+def refusing(ref: str, what: str, key: str) -> Generator[None]:
     """Turns what the loaders raise for a bad folder or name into one line."""
     try:
         yield

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, cast
 
 from preftune.report.folder import Json, RunFiles, mapping, number, objects
-from preftune.report.verdicts import best_run
+from preftune.report.verdicts import best_run, judged
 from preftune.report.words import NONE, change, count, duration, figure, interval, percent, plain
 
 
@@ -77,7 +77,7 @@ MEASURES = (
     Measure("logp_accuracy", "Ranked right", "share of comparisons, by log-probability alone", share=True),
     Measure("accuracy", "Ranked right against the reference", "share of comparisons, by margin", share=True),
     Measure("margin", "Margin", "nats, log-ratio of chosen minus rejected, without beta"),
-    Measure("loss", "Loss", "mean over comparisons"),
+    Measure("loss", "Loss", ""),
     Measure("perplexity", "Perplexity", "per token"),
     Measure("kl", "KL from the reference", "nats per sampled response"),
 )
@@ -95,14 +95,15 @@ class Row:
 def held_out(evaluation: Json) -> list[Row]:
     """The measures that stand in evaluation.json, before and after."""
     before, after = mapping(evaluation.get("before")), mapping(evaluation.get("after"))
-    per_token = any(number(side.get("demonstrations")) is not None for side in (before, after))
+    kind = judged(after or before)
+    of_loss = "nats per token" if kind == "demonstrations" else f"mean over {kind}"
     show = {True: percent, False: figure}
     rows: list[Row] = []
     for measure in MEASURES:
         key, share = measure.key, measure.share
         if before.get(key) is None and after.get(key) is None:
             continue
-        unit = "nats per token" if key == "loss" and per_token else measure.unit
+        unit = of_loss if key == "loss" else measure.unit
         if key == "kl" and (samples := number(after.get("kl_samples"))) is not None:
             unit += f", {samples:,.0f} samples"
         cells = [(show[share](side.get(key)), interval(side.get(f"{key}_interval"), share=share)) for side in (before, after)]
@@ -113,8 +114,8 @@ def held_out(evaluation: Json) -> list[Row]:
 def held_out_size(evaluation: Json) -> str:
     """How much was held out: "112 comparisons of 98 prompts"."""
     side = mapping(evaluation.get("after")) or mapping(evaluation.get("before"))
-    counts = [(number(side.get(name)), name) for name in ("comparisons", "demonstrations", "prompts")]
-    return " of ".join(count(int(number_of), name) for number_of, name in counts if number_of is not None)
+    counts = [(number(side.get(name)), name) for name in ("comparisons", "rankings", "ratings", "demonstrations", "prompts")]
+    return " of ".join(count(int(number_of), name) for number_of, name in counts if number_of)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ def _ranking_sentence(before: Json, after: Json) -> str:
 
 
 def _loss_sentence(before: Json, after: Json) -> str:
-    kind = "demonstrations" if number(after.get("demonstrations")) is not None else "comparisons"
+    kind = judged(after)
     unit = " nats per token" if kind == "demonstrations" else ""
     first, second = number(before.get("loss")), float(after["loss"])
     where = _where(after, kind)
@@ -104,6 +104,12 @@ def _loss_sentence(before: Json, after: Json) -> str:
     if number(after.get("perplexity")) is not None and number(before.get("perplexity")) is not None:
         told += f" (perplexity {figure(before['perplexity'])} to {figure(after['perplexity'])})"
     return told + "."
+
+
+def judged(side: Json) -> str:
+    """The kind of judgements that the held-out loss is of."""
+    kinds = ("demonstrations", "ratings", "rankings")
+    return next((kind for kind in kinds if number(side.get(kind)) is not None), "comparisons")
 
 
 def _where(side: Json, kind: str) -> str:

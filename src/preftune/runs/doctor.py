@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,26 @@ from torch import Tensor
 
 from preftune.data.render import Batch, Rendered
 from preftune.errors import RunFailed
-from preftune.models.adapters import adapter_off, virtual_tokens
+from preftune.models.adapters import adapter_off, gives_scalars, virtual_tokens
 from preftune.scoring.head import Head
 from preftune.scoring.score import score_logp
 from preftune.scoring.scorer import Scorer, Wrong, cannot_share
-from preftune.scoring.selfcheck import TOLERANCE, Difference, check_start, difference, few, one_by_one, shortened
-from preftune.scoring.store import Store, Stored
-from preftune.training.estimate import Estimate, free_bytes, pass_tokens
+from preftune.scoring.selfcheck import TOLERANCE, VALUES, Difference, check_start, difference, few, one_by_one, shortened
+from preftune.scoring.store import Store, Stored, open_store
+from preftune.training.estimate import Estimate, free_bytes, matrix_rate, pass_tokens
 
 
-def examine(model: Any, batch: Batch, rows: Sequence[int], *, dtype: torch.dtype, new_adapter: bool) -> list[dict[str, Any]]:
+def examine(
+    model: Any, batch: Batch, rows: Sequence[int], *, dtype: torch.dtype, new_adapter: bool, ref: str, packed: bool = False
+) -> list[dict[str, Any]]:
     """Each equivalence on a few of the rows, against the model's own forward pass response by response.
 
     Args:
         model: as it trains, in the compute precision, with its adapter.
         rows: of the batch, in the order of training.
         new_adapter: the adapter starts at zero, and the model without it is the reference.
+        ref: folder or hub name that the model was loaded from, by which the user's store of reference values knows it.
+        packed: it was packed into 4 bits then.
 
     Returns:
         One dict a check: `check, passed, values, gradients` (see `Difference`; None where it was not measured), `note`.
@@ -39,8 +43,8 @@ def examine(model: Any, batch: Batch, rows: Sequence[int], *, dtype: torch.dtype
     chosen = few(model, batch, rows)
     sequences = shortened(model, [batch.sequences[row] for row in chosen])
     shared, padded, chunked = Scorer(model), Scorer(model, share=False), Scorer(model)
-    assert isinstance(chunked.head, Head)
-    chunked.head.entries = 1  # the fewest rows at once
+    if isinstance(chunked.head, Head):
+        chunked.head.entries = 1  # the fewest rows at once
 
     def by(scorer: Scorer) -> Callable[[Sequence[Rendered]], Tensor]:
         return lambda rows: scorer(rows).logp
@@ -59,7 +63,9 @@ def examine(model: Any, batch: Batch, rows: Sequence[int], *, dtype: torch.dtype
             "head in chunks = all logits at once", chunked, "" if chunked.head.plain else "the model's own head, in chunks"
         ),
         _stored(model, batch, chosen, dtype),
-        _start(model, batch, chosen, dtype, new_adapter=new_adapter),
+        *_of_earlier_runs(model, batch, rows, dtype, new_adapter=new_adapter, ref=ref, packed=packed),
+        # a reward model has no reference
+        *([] if gives_scalars(model) else [_start(model, batch, chosen, dtype, new_adapter=new_adapter)]),
     ]
 
 
@@ -84,6 +90,26 @@ def _stored(model: Any, batch: Batch, rows: list[int], dtype: torch.dtype) -> di
     same = len(found) == len(rows) and all(torch.equal(found[row], live[row]) for row in rows)
     worst = max((float((found[row] - live[row]).abs().max()) for row in found), default=float("nan"))
     return _line("stored = live", same, None) | {"values": worst}
+
+
+def _of_earlier_runs(
+    model: Any, batch: Batch, rows: Sequence[int], dtype: torch.dtype, *, new_adapter: bool, ref: str, packed: bool
+) -> list[dict[str, Any]]:
+    """What the user's store has of these rows, against live values: no line where it has none. It is not made for this."""
+    store = open_store(None)
+    if store is None or not store.path.is_file():
+        return []
+    with closing(store):
+        identity = store.digest(ref, packed=packed)
+        known = Stored(store, identity, dtype, model.device.type).find(batch, rows) if identity else {}
+    if not known:
+        return []
+    chosen = few(model, batch, list(known))
+    with adapter_off(model) if new_adapter else nullcontext():
+        live = score_logp(model, batch, chosen)
+    worst = max(float((known[row].sum() - live[row]).abs()) / batch.sequences[row].length for row in chosen)
+    line = _line("stored by earlier runs = live", worst <= VALUES[dtype], None, f"{len(chosen):,} responses from {store.path}")
+    return [line | {"values": worst}]
 
 
 def _start(model: Any, batch: Batch, rows: list[int], dtype: torch.dtype, *, new_adapter: bool) -> dict[str, Any]:
@@ -112,24 +138,25 @@ def expect(model: Any, batch: Batch, steps: Sequence[Sequence[int]], *, dtype: t
 
     Returns:
         `steps`, `tokens` of all steps as they are computed, `tokens_one_by_one` with a prompt for every response, `saved` (a
-        share), `fixed_gb, memory_gb, free_gb, tokens_per_microbatch, seconds` (see `Estimate`).
+        share), `fixed_gb, memory_gb, free_gb, tokens_per_microbatch, seconds` (see `Estimate`; None where it is not known).
     """
     device, shares, before = model.device, Scorer(model).shares, virtual_tokens(model)
     sizes = [pass_tokens(batch.sequences, list(dict.fromkeys(rows)), shares=True, before=before) for rows in steps]
     alone = sum(before + len(batch.sequences[row].ids) for rows in steps for row in dict.fromkeys(rows))
     tokens = sum(sizes) if shares else alone
-    found = Estimate.of(model, dtype, device, best=False, reference=reference)
+    found = Estimate.of(model, dtype, best=False, reference=reference)
     free = free_bytes(device)
     # the model is there already, and a part of what the run will hold
     budget = found.tokens(None if free is None else free + sum(p.nbytes for p in model.parameters()))
+    peak = found.peak_bytes(min(budget, max(sizes)))
     return {
         "steps": len(steps),
         "tokens": tokens,
         "tokens_one_by_one": alone,
         "saved": 1 - tokens / alone,
         "fixed_gb": found.fixed_bytes / 1e9,
-        "memory_gb": found.peak_bytes(min(budget, max(sizes))) / 1e9,
+        "memory_gb": None if peak is None else peak / 1e9,
         "free_gb": None if free is None else free / 1e9,
         "tokens_per_microbatch": budget,
-        "seconds": tokens * found.seconds_per_token,
+        "seconds": found.seconds(tokens, matrix_rate(dtype, device)),
     }

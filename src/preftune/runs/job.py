@@ -77,9 +77,9 @@ def plan_of(method: Method, batch: Batch, keys: TrainKeys) -> Plan:
 
 
 def planned_rows(batch: Batch, the_plan: Plan, steps: int | None = None) -> list[int]:
-    """The responses that the first steps of a plan use, all steps where none are named."""
+    """The rows that the first steps of a plan use, all steps where none are named."""
     examples = (e for _, examples in the_plan.batches[:steps] for e in examples)
-    return list(dict.fromkeys(batch.index(e.group, r) for e in examples for r in e.responses))
+    return list(dict.fromkeys(batch.index(e.group, r) for e in examples for r in e.rows))
 
 
 def scored(job: Job, model: Any, batch: Batch, rows: list[int], phase: str, stop: Stop, keep: Keep | None = None) -> Tensor:

@@ -6,9 +6,12 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from preftune import methods
+from preftune.config import TrainKeys
+from preftune.data.kept import check_marks
 from preftune.data.options import DataOptions
 from preftune.data.read import Reading, by_row, enforce, load, say_drops, tally
 from preftune.data.render import Batch, TooLong, render
@@ -25,7 +28,7 @@ class Data:
     """Read, not yet rendered: groups to train on and to hold out, with what was read to get them: one reading, or two
     where held-out data was named."""
 
-    method: str
+    method: methods.MethodOptions
     train: list[Group]
     held: list[Group]
     readings: list[Reading]
@@ -48,14 +51,13 @@ def check_template(template: str | None, *, key: str = "data.template") -> None:
         read_template(template, key=key)
 
 
-def read_data(sources: Any, options: DataOptions, eval_sources: Any, method: str | None) -> Data:
+def read_data(sources: Any, options: DataOptions, eval_sources: Any, method: methods.Asked) -> Data:
     """Everything that can be refused about the data without a tokenizer."""
-    if method is not None:
-        method = methods.check_name(method)
+    asked = methods.options_of(method)
     reading = load_said(sources, options)
-    chosen = methods.choose(method, reading.groups)
-    if method is None:
-        log.info(f"method: {chosen}, by the kind of marks in the data")
+    chosen = methods.choose(asked, reading.groups)
+    if not asked.members:
+        log.info(f"method: {chosen.label}, by the kind of marks in the data")
     if eval_sources:
         held = load_said(eval_sources, options)
         methods.choose(chosen, held.groups)
@@ -66,12 +68,15 @@ def read_data(sources: Any, options: DataOptions, eval_sources: Any, method: str
     return Data(chosen, *_hold_out(reading.groups), [reading], options)
 
 
-def from_groups(groups: Sequence[Group], held: Sequence[Group] | None, method: str, options: DataOptions) -> Data:
+def from_groups(groups: Sequence[Group], held: Sequence[Group] | None, method: methods.Asked, options: DataOptions) -> Data:
     """The same for groups at hand: each mark counts as a row, and so does a response that no mark refers to."""
+    check_marks([*groups, *(held or ())])
+    chosen = methods.choose(method, groups)
     if held:
-        return Data(method, list(groups), list(held), [_counted(groups), _counted(held)], options)
+        methods.choose(chosen, held)
+        return Data(chosen, list(groups), list(held), [_counted(groups), _counted(held)], options)
     train, out = _hold_out(groups) if held is None else (list(groups), [])
-    return Data(method, train, out, [_counted(groups)], options)
+    return Data(chosen, train, out, [_counted(groups)], options)
 
 
 def _hold_out(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
@@ -96,7 +101,7 @@ def _counted(groups: Sequence[Group]) -> Reading:
 
 @dataclass
 class Rendered:
-    """Batches ready to be scored, and the count of every row."""
+    """Batches ready to be scored, with the rows that the method asks for besides, and the count of every row."""
 
     train: Batch
     held: Batch
@@ -145,9 +150,10 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
     if "hh" in formats and getattr(tokenizer, "chat_template", None) and template is None:
         log.info("the model has a chat template, and HH dialogues are read as text: data.format=hh_messages uses it")
     method = methods.make(data.method, beta=1.0)
-    sizes = [{"groups": len(part.groups), "examples": len(method.examples(part.groups))} for part in (train, held)]
-    examples = sum(size["examples"] for size in sizes)
-    unused = methods.unused(data.method, [*train.groups, *held.groups], examples)
+    examples = [method.examples(part.groups) for part in (train, held)]
+    used = sum(len({(e.group, e.mark) for e in own}) for own in examples)
+    unused = methods.unused(data.method, [*train.groups, *held.groups], used)
+    sizes = [{"groups": len(b.groups), "examples": len(own)} for b, own in zip((train, held), examples, strict=True)]
     for part, size in zip(parts, sizes, strict=False):
         _check(part, data.options, examples=size["examples"])
     dropped = sum((part.dropped for part in parts), Counter[str]())
@@ -163,7 +169,25 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
         "train": sizes[0],
         "eval": sizes[1],
     }
-    return Rendered(train, held, summary)
+    again = partial(render, tokenizer=tokenizer, template=template)
+    return Rendered(method.rows(train, again), method.rows(held, again), summary)
+
+
+def render_said(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) -> Rendered:
+    """`render_data` by the keys of a run; what came of it is said."""
+    too_long, template = keys.data.too_long, keys.data.template
+    rendered = render_data(data, tokenizer, max_length=limit, too_long=too_long, template=template)
+    counts = rendered.summary
+    log.info(
+        f"{counts['train']['examples']:,} examples to train on and {counts['eval']['examples']:,} held out, "
+        f"from {counts['kept']:,} of {counts['rows']:,} rows"
+    )
+    if counts["unused"]:
+        what = ", ".join(f"{count:,} {kind}" for kind, count in counts["unused"].items())
+        log.warning(f"{data.method.label} makes no example of {what}")
+    if line := methods.balance(data.method, rendered.train.groups):
+        log.info(line)
+    return rendered
 
 
 def _check(part: _Part, options: DataOptions, *, examples: int) -> None:

@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("preftune")
 
 ROWS = 3
-ROLES = {1: ("response",), 2: ("chosen", "rejected")}  # by how many responses an example has
 
 
 def show(keys: TrainKeys, rendered: Rendered, tokenizer: Any) -> dict[str, Any]:
     """Says it through the log, like everything that is said.
 
     Returns:
-        `method, examples, groups, held_out` (groups), `steps, batch_size, tokens_per_epoch` (each response once), `longest`
+        `method, examples, groups, held_out` (groups), `steps, batch_size, tokens_per_epoch` (each row once), `longest`
         (tokens), `max_length`, `fixed_gb, memory_gb, seconds, tokens_per_microbatch` (estimates; None where the model cannot be
         built without its weights), `rows` (texts).
     """
@@ -35,13 +34,13 @@ def show(keys: TrainKeys, rendered: Rendered, tokenizer: Any) -> dict[str, Any]:
     from preftune.training.estimate import pass_tokens
 
     batch = rendered.train
-    method = methods.make(keys.method.name or "", beta=keys.beta)
+    method = methods.make(keys.method, beta=keys.beta)
     examples = method.examples(batch.groups)
     the_plan = plan_of(method, batch, keys)
-    used = {batch.index(e.group, r) for e in examples for r in e.responses}
+    used = {batch.index(e.group, r) for e in examples for r in e.rows}
     lengths = [len(batch.sequences[i].ids) for i in used]
     plan: dict[str, Any] = {
-        "method": keys.method.name,
+        "method": method.name,
         "examples": len(examples),
         "groups": len(batch.groups),
         "held_out": len(rendered.held.groups),
@@ -52,17 +51,17 @@ def show(keys: TrainKeys, rendered: Rendered, tokenizer: Any) -> dict[str, Any]:
         "max_length": keys.max_length,
     }
     log.info(
-        f"dry run: {keys.method.name} on {len(examples):,} examples in {len(batch.groups):,} groups, "
+        f"dry run: {method.name} on {len(examples):,} examples in {len(batch.groups):,} groups, "
         f"{plan['held_out']:,} groups held out; {plan['steps']:,} steps of {keys.batch_size}; "
         f"{plan['tokens_per_epoch']:,} tokens an epoch, longest {plan['longest']:,} of {keys.max_length or 'no limit'}"
     )
     found = _estimate(keys, evaluates=bool(rendered.held.groups))
-    steps = [[batch.index(e.group, r) for e in own for r in e.responses] for _, own in the_plan.batches]
+    steps = [[batch.index(e.group, r) for e in own for r in e.rows] for _, own in the_plan.batches]
     before = keys.adapter.virtual or facts(resolve(keys.model, "model"), "model").virtual
     sizes = [pass_tokens(batch.sequences, list(dict.fromkeys(rows)), shares=True, before=before) for rows in steps]
     unknown = dict.fromkeys(("fixed_gb", "memory_gb", "seconds", "tokens_per_microbatch"))
     plan |= _takes(keys, found, max(sizes), sum(sizes)) if found else unknown
-    plan["rows"] = [_row(example, batch, tokenizer) for example in examples[:ROWS]]
+    plan["rows"] = [_row(example, method.roles(example), batch, tokenizer) for example in examples[:ROWS]]
     for row in plan["rows"]:
         log.info(row)
     return plan
@@ -78,8 +77,9 @@ def _estimate(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(device())
     best = evaluates and bool(keys.train.eval_every) and keys.train.keep_best
     try:
-        model = structure(keys.model, keys.adapter, trust_remote_code=keys.trust_remote_code)
-        return Estimate.of(model, dtype, device(), best=best, reference=methods.NEEDS[keys.method.name or ""].reference)
+        needs, moving = methods.needs(keys.method), bool(keys.reference.sync_steps)
+        model = structure(keys.model, keys.adapter, scalar=needs.scalar, trust_remote_code=keys.trust_remote_code)
+        return Estimate.of(model, dtype, best=best, reference=needs.reference, moving=moving)
     except Refusal:
         raise
     except Exception as error:  # a model's own code, which a run gives its weights; the rest of the plan holds
@@ -94,21 +94,29 @@ def _takes(keys: TrainKeys, found: Estimate, largest: int, tokens: int) -> dict[
         largest: tokens of the largest step. tokens: of all steps.
     """
     from preftune.models.load import device
-    from preftune.training.estimate import free_bytes
+    from preftune.training.estimate import free_bytes, matrix_rate
+    from preftune.training.precision import DTYPES, default_dtype
 
-    free = free_bytes(device())
+    free, fixed = free_bytes(device()), found.fixed_bytes
     budget = keys.train.tokens_per_microbatch or found.tokens(free)
-    peak, seconds = found.peak_bytes(min(budget, largest)), tokens * found.seconds_per_token
-    log.info(
-        f"memory: about {peak / 1e9:.3g} GB{f' of {free / 1e9:.3g} free' if free else ''}: {found.fixed_bytes / 1e9:.3g} for "
-        f"{found.parameters:,} parameters, {found.trained:,} of them trained, with float32 gradients and AdamW's moments, and "
-        f"{found.token_bytes / 1e6:.2g} MB per token of a micro-batch, at most {min(budget, largest):,} tokens"
+    peak = found.peak_bytes(min(budget, largest))
+    seconds = found.seconds(tokens, matrix_rate(DTYPES[keys.dtype] if keys.dtype else default_dtype(device()), device()))
+    weights = (
+        f"{fixed / 1e9:.3g} for {found.parameters:,} parameters, {found.trained:,} of them trained, with float32 gradients and "
+        "AdamW's moments"
     )
+    if found.token_bytes is None or peak is None:
+        log.info(f"memory: {weights}, and an amount per token that is not known")
+    else:
+        log.info(
+            f"memory: about {peak / 1e9:.3g} GB{f' of {free / 1e9:.3g} free' if free else ''}: {weights}, and "
+            f"{found.token_bytes / 1e6:.2g} MB per token of a micro-batch, at most {min(budget, largest):,} tokens"
+        )
     log.info(f"time: about {duration(seconds)} for the steps, at half the rate of one matrix product on this machine")
-    if free and peak > free:
+    if free and (peak or fixed) > free:
         log.warning("this is more memory than is free: lower train.tokens_per_microbatch, or train an adapter (adapter=lora)")
-    figures = {"fixed_gb": found.fixed_bytes / 1e9, "memory_gb": peak / 1e9, "seconds": seconds}
-    return figures | {"tokens_per_microbatch": budget}
+    figures = {"fixed_gb": fixed / 1e9, "memory_gb": peak and peak / 1e9, "seconds": seconds}
+    return figures | {"tokens_per_microbatch": budget if peak else keys.train.tokens_per_microbatch}
 
 
 def duration(seconds: float) -> str:
@@ -117,11 +125,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / size:.2g} {unit}" if seconds < 10 * size else f"{seconds / size:,.0f} {unit}"
 
 
-def _row(example: Example, batch: Batch, tokenizer: Any) -> str:
+def _row(example: Example, roles: list[str], batch: Batch, tokenizer: Any) -> str:
     """`file:row`, and under it each response under its prompt."""
     origin = example.origin
     place = f"{origin.file}:{origin.row}" if origin else f"group {example.group}"
-    sides = zip(ROLES[len(example.responses)], example.responses, strict=True)
+    sides = zip(roles, example.responses, strict=False)
     return "\n".join(
         [place, *(f"  {role}: {draw(batch.sequences[batch.index(example.group, r)], tokenizer)}" for role, r in sides)]
     )

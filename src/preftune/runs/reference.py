@@ -15,7 +15,7 @@ from preftune.data.render import Batch
 from preftune.errors import RunFailed
 from preftune.models.adapters import adapter_off, virtual_tokens
 from preftune.runs.job import Job, Keep, planned_rows, scored
-from preftune.scoring.selfcheck import check_start
+from preftune.scoring.selfcheck import VALUES, check_start
 from preftune.training.precision import Weights, in_precision
 from preftune.training.signals import Stop
 from preftune.training.steps import Plan
@@ -28,14 +28,20 @@ OWN = "reference.sqlite"  # in checkpoints/ of a run: the values that it used, w
 def references(
     job: Job, weights: Weights, the_plan: Plan, held_rows: list[int], stop: Stop
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Reference logp of every training response the plan uses, and of the held-out ones; checked where it must be 0."""
+    """Reference logp of every training row the plan uses, and of the held-out ones; checked where it must be 0. Of a reference
+    that moves the values at the start: of the first step's rows, and of the held-out ones."""
     if not job.method.needs_reference:
         return None, None
-    rows, first = planned_rows(job.train, the_plan), planned_rows(job.train, the_plan, steps=1)
+    first = planned_rows(job.train, the_plan, steps=1)
+    rows = first if job.keys.reference.sync_steps else planned_rows(job.train, the_plan)
     with contextlib.closing(_Reference(job, weights, stop)) as source:
         # the first batch by itself: what does not pass the check is not kept for other runs
         fresh: dict[int, Tensor] = {}
-        reference = source.logp(job.train, first, lambda rows, tokens: fresh.update(zip(rows, tokens, strict=True)))
+
+        def collect(rows: list[int], tokens: list[Tensor]) -> None:
+            fresh.update(zip(rows, tokens, strict=True))
+
+        reference = source.logp(job.train, first, collect)
         policy = scored(job, weights.compute, job.train, first, "check", stop)
         apart = "the reference is another model" if job.load_reference else ""
         if job.load_reference is None:
@@ -46,9 +52,13 @@ def references(
                     start = scored(job, weights.compute, job.train, first, "check", stop)
             try:
                 worst = check_start(start, reference, job.train, first, dtype=job.dtype)
-            except RunFailed as error:
-                error.message += source.doubt()
-                raise
+            except RunFailed:
+                if not source.found:
+                    raise
+                live = source.live(job.train, first, collect)
+                worst = check_start(start, live, job.train, first, dtype=job.dtype)
+                source.differs(job.train, first, live - reference)
+                reference = live
             log.info(f"start check: {which} and reference agree to {worst:.1e} nats per token")
         if apart:
             ratio = (policy - reference)[first]
@@ -58,7 +68,7 @@ def references(
         held = source.logp(job.held, held_rows)
         if job.stored and job.keys.reference.store != "off":
             total = len(rows) + len(held_rows)
-            log.info(f"reference: {source.found:,} of {total:,} responses from {job.stored[-1].store.path}")
+            log.info(f"reference: {source.found:,} of {total:,} responses from {source.place}")
     return torch.where(reference.isnan(), later, reference), held
 
 
@@ -67,7 +77,9 @@ class _Reference:
 
     def __init__(self, job: Job, weights: Weights, stop: Stop) -> None:
         self.job, self.weights, self.stop = job, weights, stop
-        self.found = 0  # responses that the store had
+        self.found = 0  # responses that a store had
+        self.place = job.stored[-1].store.path if job.stored else None  # of the store that had the last of them
+        self._asked = True
 
     @cached_property
     def model(self) -> Any:
@@ -94,24 +106,30 @@ class _Reference:
     def _known(self, batch: Batch, rows: list[int]) -> dict[int, Tensor]:
         """What the stores have; those that are asked first are given what only a later one had."""
         known: dict[int, Tensor] = {}
-        for n, stored in enumerate(self.job.stored):
+        for n, stored in enumerate(self.job.stored if self._asked else ()):
             found = stored.find(batch, [row for row in rows if row not in known])
             for earlier in self.job.stored[:n]:
                 earlier.put(batch, list(found), list(found.values()))
             known |= found
+            self.place = stored.store.path if found else self.place
         return known
 
     def keep(self, batch: Batch, rows: list[int], tokens: list[Tensor]) -> None:
         for stored in self.job.stored:
             stored.put(batch, rows, tokens)
 
-    def doubt(self) -> str:
-        """What else may be wrong where policy and reference differ."""
-        if not self.job.stored or not self.found:
-            return ""
-        return (
-            f" {self.found:,} of the reference values are from {self.job.stored[-1].store.path}: reference.store=off goes "
-            "without them, and without that file they are scored anew"
+    def live(self, batch: Batch, rows: list[int], keep: Keep) -> Tensor:
+        """The same by the model alone, from here on for every row: a run has its values from one source."""
+        self._asked, self.found = False, 0
+        return self.logp(batch, rows, keep)
+
+    def differs(self, batch: Batch, rows: list[int], by: Tensor) -> None:
+        """Says how far the store's values lie from live ones: another cut, another way to the same sums, or damage."""
+        worst = max(abs(float(by[row])) / batch.sequences[row].length for row in rows)
+        kind = "rounding" if worst <= VALUES[self.job.dtype] else "more than rounding"
+        log.warning(
+            f"{self.place}: its values differ by {worst:.2g} nats per token ({kind}) from those of this "
+            "run, which scores its reference anew and keeps that"
         )
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal as signals
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preftune import methods, report
-from preftune.config import TrainKeys, build, dump
+from preftune.config import TrainKeys, build, check_moving, dump
 from preftune.data.template import apply_template
 from preftune.errors import Interrupted, Refusal, RunFailed
 from preftune.models.inspect import Facts, check_adapter_of, check_vocabulary, facts, resolve
 from preftune.records import Group
 from preftune.runs import folder as files
 from preftune.runs import preview
-from preftune.runs.prepare import Data, Rendered, from_groups, read_data, render_data
+from preftune.runs.prepare import Rendered, from_groups, read_data, render_said
+from preftune.scoring.place import check_place
 from preftune.training import trackers
 
 if TYPE_CHECKING:
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("preftune")
 
 
-def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | dict[str, Any]:
+def train(keys: TrainKeys, *, config: Path | None = None, progress: Progress | None = None) -> Run | dict[str, Any]:
     """The run of a resolved config; of a dry run its plan.
+
+    Args:
+        config: the file that the keys were read from; that of an earlier run has the reference values beside it that it used.
 
     Raises:
         Refusal: anything that can be known to be wrong, before a model is loaded and before a folder is made.
@@ -47,10 +52,12 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | dict[st
     check_adapter_of(known, keys.adapter)
     trackers.check(keys.train.trackers)
     files.choose_out(keys.out, "run", overwrite=keys.overwrite)
-    data = read_data(keys.data.sources, keys.data, keys.eval_data, keys.method.name)
-    out = files.choose_out(keys.out, data.method, overwrite=keys.overwrite)
+    data = read_data(keys.data.sources, keys.data, keys.eval_data, keys.method)
+    check_moving(keys.reference, data.method)
+    out = files.choose_out(keys.out, data.method.label, overwrite=keys.overwrite)
     read_from = [model_ref, reference_ref, *(source["path"] for reading in data.readings for source in reading.sources)]
     files.check_apart(out, [Path(path) for path in read_from if path])
+    check_place(keys.reference.store, [path for path in read_from if path])
 
     # from here on torch and transformers are needed
     import torch
@@ -64,8 +71,10 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | dict[st
         longest,
         positions_of,
     )
+    from preftune.models.reward import load_reward, name_padding
     from preftune.models.size import check_layers
-    from preftune.scoring.store import Stored, digest_of, open_store
+    from preftune.runs.reference import OWN
+    from preftune.scoring.store import Store, Stored, digest_of, open_store
     from preftune.training.memory import keep_freed_memory
     from preftune.training.precision import DTYPES, default_dtype
 
@@ -75,30 +84,37 @@ def train(keys: TrainKeys, *, progress: Progress | None = None) -> Run | dict[st
     apply_template(tokenizer, keys.data.template, [*data.train, *data.held])
     if reference_ref and not Path(reference_ref).is_dir():  # of a folder the files told it already
         check_same_vocabulary(tokenizer, load_tokenizer(reference_ref, key="reference", trust_remote_code=trust))
+    scalar = methods.needs(data.method).scalar
     limit = longest(keys.max_length, positions_of(model_ref, trust_remote_code=trust), keys.adapter.virtual)
-    check_layers(model_ref, keys.adapter, trust_remote_code=trust)
-    rendered = _rendered(data, tokenizer, keys, limit)
+    check_layers(model_ref, keys.adapter, scalar=scalar, trust_remote_code=trust)
+    rendered = render_said(data, tokenizer, keys, limit)
     keys = _resolved(keys, data.method, out, limit, adapter=known.adapter or keys.adapter.type != "none")
     if keys.dry_run:
         return preview.show(keys, rendered, tokenizer)
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(device())
-    load = partial(load_model, dtype=dtype, trust_remote_code=trust)
+    load = partial(load_reward if scalar else load_model, dtype=dtype, trust_remote_code=trust)
     other = partial(load, reference_ref, key="reference") if reference_ref else None
     # weights that train are loaded in float32; under an adapter the frozen ones stay in the compute precision
     frozen, packed = known.adapter or keys.adapter.type != "none", keys.adapter.type == "qlora"
     model = load(model_ref, quantize=packed) if frozen else load(model_ref, dtype=torch.float32)
-    store = open_store(keys.reference.store) if methods.NEEDS[data.method].reference else None
+    if scalar:
+        name_padding(model, tokenizer)
+    store = open_store(keys.reference.store) if _is_kept(keys) else None
+    # None: files that are not here
     identity = store.digest(reference_ref or model_ref, packed=packed and not reference_ref) if store else None
-    known_all = store and identity and _has_all(Stored(store, identity, dtype, model.device.type), rendered, keys)
+    earlier = config.parent / "checkpoints" / OWN if config and store else None
+    stores = [store, Store(earlier) if earlier and earlier.is_file() else None]
+    kind = model.device.type
+    known_all = identity and any(_has_all(Stored(one, identity, dtype, kind), rendered, keys) for one in stores if one)
     # before a folder is made: it may not be loadable. With nothing left to score it was, from the same files
     first = other() if other and not known_all else None
     check_tokenizer(model, tokenizer, first)
-    # of files that are not here: of what they gave
-    identity = identity or (digest_of(first or model) if methods.NEEDS[data.method].reference else None)
+    identity = identity or (digest_of(first or model) if _is_kept(keys) else None)
     other = _first_then(first, other) if other else None
-    sources = References(other=other, again=partial(load, model_ref), store=store, identity=identity)
+    passing = sum(p.nbytes for p in first.parameters()) if first is not None else 0
+    sources = References(other, partial(load, model_ref), store, identity, earlier, passing)
     del first
-    return _go(model, tokenizer, rendered, data.method, keys, sources, out, model_ref, progress)
+    return _go(model, tokenizer, rendered, keys, sources, out, model_ref, progress)
 
 
 def fit(
@@ -106,9 +122,11 @@ def fit(
     tokenizer: Any,
     groups: Sequence[Group],
     *,
-    method: str | None = "dpo",
+    method: methods.Asked = "dpo",
     reference: Any = None,
     reference_store: str | Path | None = None,
+    reference_sync_steps: int | None = None,
+    reference_sync_alpha: float | None = None,
     eval_groups: Sequence[Group] | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -120,9 +138,12 @@ def fit(
         model: a causal language model of transformers, or a peft model.
         tokenizer: its tokenizer.
         groups: from `preftune.read`.
-        method: `sft` or `dpo`; None: by the kind of marks.
+        method: a name of docs/methods/README.md, or the keys of a run's `method`, such as `{"mix": {"dpo": 0.8, "sft": 0.2}}`;
+            None: by the kind of marks.
         reference: another model; None: `model` as it is now.
         reference_store: file that keeps reference log-probabilities for later runs, or "off"; None: in the user's cache.
+        reference_sync_steps, reference_sync_alpha: a reference that follows the policy, the keys `reference.sync_steps` and
+            `.sync_alpha`; None: it stays, and 0.6.
         eval_groups: held-out groups; None: 5 % of the prompts by hash.
         out: a run folder to write; None: no files.
         progress: called with (phase, done, total, last metrics).
@@ -138,35 +159,45 @@ def fit(
     Example:
         run = preftune.fit(model, tokenizer, preftune.read("pairs.jsonl"), beta=0.1, learning_rate=1e-6)
     """
-    from preftune.models.adapters import is_adapter, virtual_tokens
+    from preftune.models.adapters import gives_scalars, is_adapter, virtual_tokens
     from preftune.models.load import check_tokenizer, longest, max_positions
     from preftune.models.quantized import is_quantized
+    from preftune.models.reward import name_padding
     from preftune.scoring.store import digest_of, open_store
 
     _check_fit_keys(keys)
-    kept = {"store": None if reference_store is None else str(reference_store)}
-    options = build(TrainKeys, {"model": str(getattr(model, "name_or_path", "")), "data": {}, "reference": kept, **keys})
+    sync = {"sync_steps": reference_sync_steps, "sync_alpha": reference_sync_alpha}
+    of_reference = {"store": None if reference_store is None else str(reference_store), **sync}
+    own = {"model": str(getattr(model, "name_or_path", "")), "data": {}, "reference": of_reference}
+    options = build(TrainKeys, {**own, "method": methods.keys_of(method), **keys})
+    if reference is not None and reference_sync_steps is not None:
+        line = "a reference that follows the policy starts as the policy: leave one of the two away"
+        raise Refusal(line, code="unused_key", key="reference")
     packed, virtual = is_quantized(model), virtual_tokens(model)
     check_adapter_of(Facts("", adapter=is_adapter(model), virtual=virtual, quantized=packed), options.adapter)
     if options.adapter.type == "qlora" and not packed:
         line = "the model's weights are not in 4 bits: load it with quantization_config=BitsAndBytesConfig(load_in_4bit=True)"
         raise Refusal(line, code="not_quantized", key="adapter.type")
+    check_place(options.reference.store, ())
     check_tokenizer(model, tokenizer, reference)
     trackers.check(options.train.trackers)
-    name = methods.choose(methods.check_name(method) if method else None, list(groups))
-    folder = files.choose_out(str(out), name, overwrite=options.overwrite) if out is not None else None
-    data = from_groups(groups, eval_groups, name, options.data)
+    data = from_groups(groups, eval_groups, options.method, options.data)
+    check_moving(options.reference, data.method)
+    methods.check_head(data.method, scalar=gives_scalars(model))
+    folder = files.choose_out(str(out), data.method.label, overwrite=options.overwrite) if out is not None else None
+    if folder and methods.needs(data.method).scalar:
+        name_padding(model, tokenizer)
     apply_template(tokenizer, options.data.template, [*data.train, *data.held])
     limit = longest(options.max_length, max_positions(model), options.adapter.virtual)
-    rendered = _rendered(data, tokenizer, options, limit)
+    rendered = render_said(data, tokenizer, options, limit)
     adapter = is_adapter(model) or options.adapter.type != "none"
-    options = _resolved(options, name, folder, limit, adapter=adapter)
-    store = open_store(options.reference.store) if methods.NEEDS[name].reference else None
-    needed = methods.NEEDS[name].reference and (store or folder)
-    identity = digest_of(model if reference is None else reference) if needed else None
+    options = _resolved(options, data.method, folder, limit, adapter=adapter)
+    store = open_store(options.reference.store) if _is_kept(options) else None
+    kept = _is_kept(options) and (store or folder)
+    identity = digest_of(model if reference is None else reference) if kept else None
     other = None if reference is None else lambda: reference
     sources = References(other=other, again=None, store=store, identity=identity)
-    return _go(model, tokenizer, rendered, name, options, sources, folder, options.model, progress)
+    return _go(model, tokenizer, rendered, options, sources, folder, options.model, progress)
 
 
 # keys of a run that stand in fit's own arguments, or that belong to files and loading
@@ -193,12 +224,20 @@ class References:
     """How to get another reference model, and the starting policy once more after training; None: there is none.
 
     store, identity: where the reference's values are kept, and what it is known by there.
+    earlier: of another run, with which this one's folder begins. passing: bytes of a reference that is gone before the steps.
     """
 
     other: Callable[[], Any] | None
     again: Callable[[], Any] | None
     store: Store | None
     identity: bytes | None
+    earlier: Path | None = None
+    passing: int = 0
+
+
+def _is_kept(keys: TrainKeys) -> bool:
+    """Whether there is a reference, and its values stay what they are."""
+    return methods.needs(keys.method).reference and not keys.reference.sync_steps
 
 
 def _has_all(stored: Stored, rendered: Rendered, keys: TrainKeys) -> bool:
@@ -206,7 +245,7 @@ def _has_all(stored: Stored, rendered: Rendered, keys: TrainKeys) -> bool:
     from preftune.evaluation.held_out import needed_rows
     from preftune.runs.job import plan_of, planned_rows
 
-    method = methods.make(keys.method.name or "", beta=keys.beta)
+    method = methods.make(keys.method, beta=keys.beta)
     rows = planned_rows(rendered.train, plan_of(method, rendered.train, keys))
     with closing(stored.store):
         return stored.has(rendered.train, rows) and stored.has(rendered.held, needed_rows(rendered.held, method))
@@ -222,7 +261,6 @@ def _go(
     model: Any,
     tokenizer: Any,
     rendered: Rendered,
-    method: str,
     keys: TrainKeys,
     sources: References,
     out: Path | None,
@@ -258,15 +296,16 @@ def _go(
     new_adapter, again = keys.adapter.type != "none", sources.again
     if new_adapter:
         model = add_adapter(model, keys.adapter, seed=keys.seed, tokenizer=tokenizer, dtype=dtype)
-    elif is_adapter(model):
-        model = trainable_adapter(model)
+        # a reference that follows the policy starts as it does: with virtual tokens that is not the base
+        new_adapter = not (keys.adapter.virtual and keys.reference.sync_steps)
+    else:
+        model = trainable_adapter(model) if is_adapter(model) else model.requires_grad_(True)
+    if is_adapter(model) and not new_adapter:
         start = frozen_copy(model)
         again = lambda: start  # noqa: E731  # the adapter as it was, around the same base
-    else:
-        model.requires_grad_(True)
     if keys.train.sharing == "require":
         require_sharing(model)
-    keys = _with_budget(keys, model, dtype, reference=methods.NEEDS[method].reference)
+    keys = _with_budget(keys, model, dtype, passing=sources.passing)
     stores = [Store(out / "checkpoints" / OWN)] if out else []
     stores += [sources.store] if sources.store else []
     identity, kind = sources.identity, model.device.type
@@ -275,7 +314,7 @@ def _go(
         tokenizer=tokenizer,
         train=rendered.train,
         held=rendered.held,
-        method=methods.make(method, beta=keys.beta),
+        method=methods.make(keys.method, beta=keys.beta),
         keys=keys,
         dtype=dtype,
         new_adapter=new_adapter,
@@ -288,6 +327,9 @@ def _go(
     started = time.time()
     with _brought_to_an_end(out) as stop:
         environment = _open_folder(out, keys, rendered, model_ref, str(model.device)) if out else {}
+        if out and sources.earlier and sources.earlier.is_file():
+            (out / "checkpoints").mkdir()
+            shutil.copyfile(sources.earlier, out / "checkpoints" / OWN)
         try:
             result = run(job, stop)
         finally:
@@ -300,15 +342,16 @@ def _go(
     return result
 
 
-def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, reference: bool) -> TrainKeys:
+def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: int) -> TrainKeys:
     """With the token budget of a micro-batch that the free memory allows, where none is asked for."""
     from preftune.training.estimate import Estimate, free_bytes
 
     free = free_bytes(model.device)
     best = bool(keys.train.eval_every) and keys.train.keep_best
-    found = Estimate.of(model, dtype, model.device, best=best, reference=reference)
+    reference, moving = methods.needs(keys.method).reference, bool(keys.reference.sync_steps)
+    found = Estimate.of(model, dtype, best=best, reference=reference, moving=moving)
     if free is not None:
-        free += sum(p.nbytes for p in model.parameters())  # they are there already
+        free += sum(p.nbytes for p in model.parameters()) + passing  # they are there already
         if found.fixed_bytes > free:
             raise RunFailed(
                 f"{found.parameters:,} parameters, {found.trained:,} of them trained, take {found.fixed_bytes / 1e9:.3g} GB "
@@ -355,31 +398,23 @@ def _close_folder(out: Path, result: Run, environment: dict[str, Any]) -> None:
     report.write(out)
 
 
-def _rendered(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) -> Rendered:
-    too_long, template = keys.data.too_long, keys.data.template
-    rendered = render_data(data, tokenizer, max_length=limit, too_long=too_long, template=template)
-    counts = rendered.summary
-    log.info(
-        f"{counts['train']['examples']:,} examples to train on and {counts['eval']['examples']:,} held out, "
-        f"from {counts['kept']:,} of {counts['rows']:,} rows"
-    )
-    if counts["unused"]:
-        what = ", ".join(f"{count:,} {kind}" for kind, count in counts["unused"].items())
-        log.warning(f"{data.method} makes no example of {what}")
-    return rendered
-
-
-def _resolved(keys: TrainKeys, method: str, out: Path | None, limit: int | None, *, adapter: bool) -> TrainKeys:
+def _resolved(
+    keys: TrainKeys, method: methods.MethodOptions, out: Path | None, limit: int | None, *, adapter: bool
+) -> TrainKeys:
     """The keys with every default filled in, said where it was chosen here."""
-    usual = methods.NEEDS[method].learning_rate
+    usual = methods.needs(method).learning_rate
     rate = keys.learning_rate or (float(f"{10 * usual:g}") if adapter else usual)  # not 9.999999999999999e-06
     if keys.learning_rate is None:
-        log.info(f"learning_rate: {rate:g}, the default for {method}{' with an adapter' if adapter else ''}")
+        log.info(f"learning_rate: {rate:g}, the default for {method.label}{' with an adapter' if adapter else ''}")
+    beta = methods.beta_of(method, keys.beta)
+    if keys.beta is not None and beta is None:  # the data chose the method
+        log.info(f"not used by {method.label}: beta")
     if keys.steps is not None and "epochs" in keys.model_fields_set:
         log.info(f"steps and epochs are both given: steps={keys.steps} counts")
     return keys.model_copy(
         update={
-            "method": keys.method.model_copy(update={"name": method}),
+            "method": methods.resolved(method),
+            "beta": beta,
             "learning_rate": rate,
             "max_length": limit,
             "out": str(out) if out else None,

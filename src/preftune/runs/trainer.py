@@ -25,12 +25,16 @@ from preftune.evaluation.kl import kl_per_response
 from preftune.generation.sample import Sample, Sampling, sample, with_room
 from preftune.methods.pairs import comparisons
 from preftune.models.load import save_model
+from preftune.models.randomness import random_state_kept
 from preftune.records import Group
+from preftune.runs.costs import with_samples
 from preftune.runs.job import Job, Run, Stopped, advancing, plan_of, planned_rows, scored, stop_here
 from preftune.runs.reference import references
 from preftune.scoring.scorer import Scorer
 from preftune.scoring.selfcheck import check_path
 from preftune.training import trackers
+from preftune.training.memory import is_out_of_memory
+from preftune.training.moving import Moving
 from preftune.training.precision import Weights, in_precision
 from preftune.training.signals import Stop
 from preftune.training.steps import steps
@@ -57,17 +61,22 @@ def run(job: Job, stop: Stop) -> Run:
     the_plan = plan_of(job.method, job.train, keys)
     result = Run(job.model, job.method.name, out=job.out)
     rows = needed_rows(job.held, job.method)
-    with _open_metrics(job) as sink, _seeded(keys.seed), contextlib.ExitStack() as taken:
+    with _open_metrics(job) as sink, _seeded(keys.seed, job.model.device), contextlib.ExitStack() as taken:
         try:
+            job = with_samples(job, weights, stop)
+            the_plan = plan_of(job.method, job.train, keys)
             scorer = Scorer(weights.compute, share=keys.train.sharing != "off")
-            check_path(scorer, job.train, planned_rows(job.train, the_plan, steps=1), dtype=job.dtype)
+            first = planned_rows(job.train, the_plan, steps=1)
+            check_path(scorer, job.train, first, dtype=job.dtype, budget=keys.train.tokens_per_microbatch)
             reference, held_reference = references(job, weights, the_plan, rows, stop)
             start = scored(job, weights.compute, job.held, rows, "evaluate", stop)
             result.before = _figures(job, start, held_reference)
             prompts = _sample_prompts(job)
             answers = _answers(job, weights, prompts, stop)
             best = _Best(weights, job)
-            for line in taken.enter_context(contextlib.closing(steps(weights, job.train, job.method, the_plan, reference))):
+            moving = _moving(job, weights)
+            taking = steps(weights, job.train, job.method, the_plan, reference, moving)
+            for line in taken.enter_context(contextlib.closing(taking)):
                 number = line["step"]
                 result.metrics.append(line)
                 try:
@@ -100,7 +109,7 @@ def run(job: Job, stop: Stop) -> Run:
             if isinstance(error, RunFailed):
                 error.message += saved
                 raise
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 line = f"out of memory: lower train.tokens_per_microbatch or max_length{saved}"
                 raise RunFailed(line, code="out_of_memory") from error
             log.warning(f"stopped after step {len(result.metrics)} of {len(the_plan)}{saved}")
@@ -108,9 +117,15 @@ def run(job: Job, stop: Stop) -> Run:
     return result
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """On CUDA an error of its own; of the CPU's allocator one knows only the words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _moving(job: Job, weights: Weights) -> Moving | None:
+    options = job.keys.reference
+    if not options.sync_steps or not job.method.needs_reference:
+        return None
+    log.info(
+        f"reference: every {options.sync_steps:,} steps {options.sync_alpha:g} of the way to the policy, scored in each step; "
+        "held-out figures are against the start"
+    )
+    return Moving(weights, every=options.sync_steps, alpha=options.sync_alpha)
 
 
 def _saved_at(job: Job, weights: Weights, step: int) -> str:
@@ -119,9 +134,9 @@ def _saved_at(job: Job, weights: Weights, step: int) -> str:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Generator[None]:
+def _seeded(seed: int, device: torch.device) -> Generator[None]:
     """An adapter's dropout draws from torch's generator: seeded inside, and left as it was outside."""
-    with torch.random.fork_rng():
+    with random_state_kept(device):
         torch.manual_seed(seed)
         yield
 
@@ -130,12 +145,13 @@ def _seeded(seed: int) -> Generator[None]:
 
 
 def _figures(job: Job, policy: Tensor, reference: Tensor | None) -> dict[str, Any]:
-    beta = job.keys.beta if job.method.needs_reference else None
-    return held_out(job.held, job.method, policy, reference, beta=beta, seed=job.keys.seed)
+    return held_out(job.held, job.method, policy, reference, seed=job.keys.seed)
 
 
 def _held_line(job: Job, policy: Tensor, reference: Tensor | None) -> dict[str, float]:
     line = method_metrics(job.held, job.method, policy, reference)
+    if job.method.head == "scalar":
+        return line
     right = right_order(job.held, policy)
     return line | ({"logp_accuracy": float(right.nanmean())} if bool((~right.isnan()).any()) else {})
 
@@ -171,6 +187,8 @@ class _Best:
 
 
 def _sample_prompts(job: Job) -> tuple[list[Group], list[tuple[int, ...]]]:
+    if job.method.head == "scalar":  # it writes no text
+        return [], []
     groups = list(job.held.groups or job.train.groups)[:SAMPLES]
     ids = render_prompts(groups, job.tokenizer, template=job.keys.data.template)
     fitting = with_room(job.model, ids)

@@ -31,8 +31,8 @@ class Layout:
 
     trie: the row that the model is given. lengths: of the nodes. paths: for each node its ancestors and itself. blocks: of
     FlexAttention, which then takes the whole trie in one call; None: node by node. compare: both are run, and may not differ.
-    kept: keys and values that stand for those of the trie's root, of `root` tokens: prefix tuning. calls: (layer, window) of
-    each call of attention, by which a model that does not attend along the trie is found.
+    kept: keys and values that stand for those of the trie's root, of `root` tokens: prefix tuning.
+    windows: of each call of attention, by which a model that does not attend along the trie is found.
     """
 
     trie: Trie
@@ -43,7 +43,7 @@ class Layout:
     compare: bool = False
     kept: Kept | None = None
     root: int = 0
-    calls: list[tuple[int | None, int | None]] = field(default_factory=list[tuple[int | None, int | None]])
+    windows: list[int | None] = field(default_factory=list["int | None"])
     _masks: dict[tuple[int, int, int | None], Tensor | None] = field(
         default_factory=dict[tuple[int, int, int | None], "Tensor | None"]
     )
@@ -95,7 +95,6 @@ class Layout:
 
 
 def attend(
-    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -118,11 +117,7 @@ def attend(
     Returns:
         [1, T, heads, d]
     """
-    layer: Any = getattr(module, "layer_idx", None)
-    layout.calls.append((layer, sliding_window))
-    if layout.kept is not None:
-        keys, values = layout.kept[layer]
-        key, value = in_place(key, keys, layout.root), in_place(value, values, layout.root)
+    layout.windows.append(sliding_window)
     how: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
     if layout.compare:
         return _compared(query, key, value, layout, how)
@@ -196,8 +191,9 @@ def _node_by_node(
             )
         else:
             out = _eager(q, k, v, layout.mask(q.shape[2], wide, window), scaling, dropout, softcap, s_aux)
-        outputs.append(out)
-    return _join(outputs).transpose(1, 2)
+        outputs.append(out.transpose(1, 2))
+    # contiguous, as from transformers' own functions: some models take a view of it
+    return torch.cat(outputs, dim=1)
 
 
 def _small(q: Tensor, keys: int) -> bool:
@@ -254,8 +250,13 @@ def forward(
     layout: Layout | None = keywords.pop(KEYWORD, None)
     if layout is None:
         return _original(module)(module, query, key, value, attention_mask, **keywords)
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise ValueError("its attention has a mask of its own")  # it is not read: found when the model is asked
+    if layout.kept is not None:
+        keys, values = layout.kept[module.layer_idx]
+        key, value = in_place(key, keys, layout.root), in_place(value, values, layout.root)
     known = {name: keywords.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux")}
-    return attend(module, query, key, value, layout, dropout=keywords.get("dropout") or 0.0, **known), None
+    return attend(query, key, value, layout, dropout=keywords.get("dropout") or 0.0, **known), None
 
 
 def _original(module: Any) -> Any:

@@ -140,10 +140,10 @@ def attend(
             return_aux=None if s_aux is None else AuxRequest(lse=True),
         )
     if s_aux is None:
-        return found.transpose(1, 2)
+        return found.transpose(1, 2).contiguous()
     out, aux = found
     remains = torch.sigmoid(aux.lse - s_aux.reshape(1, -1, 1))
-    return (out * remains[..., None]).to(out.dtype).transpose(1, 2)
+    return (out * remains[..., None]).to(out.dtype).transpose(1, 2).contiguous()
 
 
 @cache

@@ -2,12 +2,16 @@
 
 Whatever a model does after its backbone (bias, scale, soft-cap, an adapter on the head) is done by the model's own forward: it
 is called with a stand-in for the backbone that hands the hidden states through. Where that turns out to be one plain matrix
-product, which is asked and not assumed, a function of our own computes it and its gradient in blocks.
+product, which is asked and not assumed, a function of our own computes it and its gradient in blocks. A model that cannot be
+called like that is run as a whole, and its logits are read in blocks.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
+import weakref
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,28 +22,44 @@ from torch.utils.checkpoint import checkpoint
 
 from preftune.data.render import Rendered
 from preftune.errors import Refusal
+from preftune.models.adapters import gives_scalars
 
 # float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold
 BLOCK, CPU_BLOCK = 2**25, 2**20
+PART = 2**23  # entries of a product that is added to a tensor of another precision
 FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
+
+log = logging.getLogger("preftune")
 
 Value = Literal["entropy", "top1"]
 Kind = Literal["logp", "scalar"]
 
 
+_SAID: weakref.WeakSet[Any] = weakref.WeakSet()  # models whose head was said not to be plain
+
+
 class Head:
-    """The head of one model.
+    """The head of one model. One that is more than a matrix product is said, once.
 
     Args:
         model: a causal language model of transformers; its adapters, if any, are inside its modules.
     """
 
     def __init__(self, model: Any) -> None:
-        body = backbone(model)
-        self.shell = _without(model, body) if body is not None else None
+        self.body = backbone(model)
+        self.shell = _without(model, self.body) if self.body is not None else None
         self.output: Any = model.get_output_embeddings()
         self.plain = self._is_plain()
-        self.entries = CPU_BLOCK if self.output is not None and self.output.weight.device.type == "cpu" else BLOCK
+        if not self.plain and not self._runs(model):
+            self.body = self.shell = None
+        self.entries = CPU_BLOCK if next(model.parameters()).device.type == "cpu" else BLOCK
+        # gives the tensor that a plain head's weight gradient is added to in the backward pass; None: autograd gets it
+        self.into: Callable[[], Tensor] | None = None
+        if not self.plain and model not in _SAID:
+            _SAID.add(model)
+            how = "the head cannot be run by itself: the logits of all tokens are computed, response by response"
+            own = "the head is more than one matrix product: it is run by the model's own code, a chunk at a time"
+            log.info(f"{type(model).__name__}: {how if self.shell is None else own}")
 
     @staticmethod
     def asked(sequence: Rendered) -> list[tuple[int, int]]:
@@ -59,9 +79,10 @@ class Head:
             [N] nats, float32; the log-softmax is taken in float32 whatever the model's precision.
         """
         if self.plain:
-            return _LinearLogp.apply(hidden, self.output.weight, self.output.bias, targets, self.entries)  # pyright: ignore
+            weight, bias = self.output.weight, self.output.bias  # hidden states may be float32 beside a bfloat16 head
+            return _LinearLogp.apply(hidden.to(weight.dtype), weight, bias, targets, self.entries, self.into)  # pyright: ignore
         parts: list[Tensor] = []
-        rows = _block(self.output.weight.shape[0], self.entries)
+        rows = self._rows(hidden)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
             graph = torch.is_grad_enabled()
             parts.append(checkpoint(self._logp, h, t, use_reentrant=False) if graph else self._logp(h, t))  # pyright: ignore
@@ -71,7 +92,7 @@ class Head:
         """[N] each, without a graph: `entropy` in nats; `top1`, the likeliest token."""
         found: dict[Value, list[Tensor]] = {name: [] for name in want}
         with torch.no_grad():
-            for h in hidden.split(_block(self.output.weight.shape[0], self.entries)):
+            for h in hidden.split(self._rows(hidden)):
                 log_p = torch.log_softmax(self.logits(h).float(), -1)
                 if "entropy" in found:
                     found["entropy"].append(-(log_p.exp() * log_p).sum(-1))
@@ -87,16 +108,52 @@ class Head:
         logits = self.logits(hidden).float()
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
+    def _rows(self, hidden: Tensor) -> int:
+        """How many positions at once."""
+        weight = getattr(self.output, "weight", None)
+        return _block(hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0], self.entries)
+
+    def _runs(self, model: Any) -> bool:
+        """Whether the model's own forward takes hidden states. They may be of another width than those of its last product."""
+        some = next(model.parameters())
+        for width in (getattr(self.output, "in_features", None), getattr(model.config.get_text_config(), "hidden_size", None)):
+            rows = torch.zeros(3, width or 0, device=some.device, dtype=some.dtype)
+            if width and (logits := self._tried(rows)) is not None and logits.shape[0] == len(rows):
+                return True
+        return False
+
     def _is_plain(self) -> bool:
-        """Whether the model's own forward gives W h + b, on rows of sizes at which a cap or a scale would show."""
-        if self.shell is None or type(self.output) is not nn.Linear:
+        """Whether the model's own forward gives W h + b: it hands the output layer just what it was given, and returns just
+        what that gave back, here of sizes at which a cap or a scale would show whatever the weights are."""
+        if type(self.output) is not nn.Linear:
             return False
         weight = self.output.weight
-        with torch.no_grad():
-            sizes = torch.tensor([[0.1], [1.0], [30.0]], device=weight.device, dtype=weight.dtype)
-            ramp = torch.linspace(-1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype)
-            rows = sizes * ramp
-            return torch.equal(self.logits(rows), linear(rows, weight, self.output.bias))
+        sizes = torch.tensor([[0.1], [1.0], [60.0]], device=weight.device, dtype=weight.dtype)
+        given, back = (sizes * torch.linspace(-1, 1, n, device=weight.device, dtype=weight.dtype) for n in weight.shape[::-1])
+        taken: list[Tensor] = []
+
+        def instead(module: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
+            taken.append(arguments[0])
+            return back.reshape(result.shape)
+
+        with self.output.register_forward_hook(instead):
+            returned = self._tried(given)
+        if returned is None or len(taken) != 1:
+            return False
+        # float32 of the same numbers is the same
+        return torch.equal(taken[0].reshape(given.shape), given) and torch.equal(returned.float(), back.float())
+
+    def _tried(self, rows: Tensor) -> Tensor | None:
+        """Logits of hidden states, None where the model's own forward does not take them, whatever it says."""
+        if self.shell is None:
+            return None
+        try:
+            with torch.no_grad():
+                return self.logits(rows)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return None
 
 
 class ScalarHead:
@@ -112,10 +169,11 @@ class ScalarHead:
     plain = False
 
     def __init__(self, model: Any) -> None:
+        self.body = backbone(model)
         self.output: Any = getattr(model, "score", None)
-        labels = getattr(model.config, "num_labels", None)
-        if not callable(self.output) or labels != 1:
-            what = f"gives {labels} numbers" if callable(self.output) else "has no head named score"
+        told = callable(self.output) and self.body is not None
+        if not told or not gives_scalars(model):
+            what = f"gives {model.config.num_labels} numbers" if told else "has no head named score"
             line = f"{type(model).__name__} {what}; a scalar head is that of a sequence classifier with num_labels=1"
             raise Refusal(line, code="no_scalar_head", key="head")
 
@@ -145,7 +203,15 @@ class _LinearLogp(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, entries: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        entries: int,
+        into: Callable[[], Tensor] | None,
+    ) -> Tensor:
         rows = _block(weight.shape[0], entries)
         log_z: list[Tensor] = []
         logp: list[Tensor] = []
@@ -155,12 +221,12 @@ class _LinearLogp(Function):
             # one pass over each row; logsumexp takes four, with a copy of all rows
             logp.append(torch.log_softmax(logits, -1).gather(-1, t[:, None]).squeeze(-1))
             log_z.append(at - logp[-1])
-        ctx.entries = entries
+        ctx.entries, ctx.into = entries, into
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(log_z))
         return torch.cat(logp)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, bias, targets, log_z = ctx.saved_tensors
         for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
         g = gradients[0][:, None].float()
@@ -168,7 +234,8 @@ class _LinearLogp(Function):
         columns = _block(max(1, len(hidden)), ctx.entries)
         whole = columns >= len(weight)
         d_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if whole else torch.float32) if for_hidden else None
-        d_weight = torch.empty_like(weight) if for_weight else None
+        into = ctx.into() if for_weight and ctx.into else None
+        d_weight = torch.empty_like(weight) if for_weight and into is None else None
         d_bias = torch.empty_like(bias) if for_bias else None
         for first in range(0, len(weight), columns):
             w, b = weight[first : first + columns], None if bias is None else bias[first : first + columns]
@@ -184,7 +251,19 @@ class _LinearLogp(Function):
                 d_hidden = gradient @ w if whole else d_hidden.add_(gradient @ w)
             if d_weight is not None:
                 torch.mm(gradient.T, hidden, out=d_weight[first : first + columns])
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None
+            if into is not None:
+                _add_product(into[first : first + columns], gradient.T, hidden)
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into [M, D] += a [M, N] b [N, D]; where it has another precision, in parts, so that no product is large."""
+    if into.dtype == b.dtype:
+        into.addmm_(a, b)
+        return
+    rows = _block(into.shape[1], PART)
+    for part, own in zip(into.split(rows), a.split(rows), strict=True):
+        part.add_(own @ b)
 
 
 class _Handed:
@@ -213,9 +292,15 @@ class _HandThrough(nn.Module):
 
 
 def backbone(model: Any) -> Any:
-    """The model without its head; None where there is no module that is that."""
+    """The model without its head: the module that holds the input embeddings; None where there is none."""
     candidates = (model.get_decoder(), *(getattr(model, name, None) for name in (model.base_model_prefix, "model")))
-    return next((m for m in candidates if m is not None and any(m is inner for inner in _inside(model))), None)
+    table, inside = model.get_input_embeddings(), _inside(model)
+
+    def is_body(candidate: Any) -> bool:
+        within = any(candidate is inner for inner in inside)
+        return within and any(table is inner for inner in candidate.modules())
+
+    return next((candidate for candidate in candidates if is_body(candidate)), None)
 
 
 def _inside(model: Any) -> list[nn.Module]:

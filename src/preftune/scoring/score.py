@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,8 +73,8 @@ def score(
     extra = tuple(w for w in ("entropy", "top1") if w in want)
     tokens: list[Tensor] = [torch.zeros(0)] * len(batch)
     values: dict[str, list[Tensor]] = {name: [torch.zeros(0)] * len(batch) for name in extra}
-    # a model in evaluation mode is left as it is: training switches an adapter's own dropout on in it
-    with evaluation_mode(model) if model.training else nullcontext():
+    # a model in evaluation mode too: training switches an adapter's own dropout on in it
+    with evaluation_mode(model):
         scorer = Scorer(model, head=head)
         for rows in passes(scorer, batch, [[row] for row in range(len(batch))], tokens_per_microbatch):
             found = scorer([batch.sequences[row] for row in rows], extra)

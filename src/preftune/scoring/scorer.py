@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, count
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from preftune.data.render import Rendered
 from preftune.errors import Refusal
-from preftune.models.adapters import virtual_tokens
-from preftune.scoring import attention, flex
+from preftune.models.adapters import gives_scalars, virtual_tokens
+from preftune.scoring import attention, exact, flex
 from preftune.scoring.head import Head, Kind, ScalarHead, Value, backbone
+from preftune.scoring.rope import Rope
 from preftune.scoring.trie import SHORTEST, grow
 from preftune.scoring.virtual import Virtual
 
@@ -49,37 +51,68 @@ class Scorer(nn.Module):
         model: of transformers, or a peft model around one: a causal language model, or for the scalar head a sequence
             classifier with one label.
         share: False gives every sequence its own copy of its prompt even where the model could share it.
-        head: `logp`, or `scalar`: then `token_logp` is one number per sequence, of its last token, and `logp` that number.
+        head: `logp`, or `scalar`: then `token_logp` is one number per sequence, of its last token, and `logp` that number;
+            None: what the model gives.
     """
 
-    def __init__(self, model: Any, *, share: bool = True, head: Kind = "logp") -> None:
+    def __init__(self, model: Any, *, share: bool = True, head: Kind | None = None) -> None:
         super().__init__()
         self.model = model
         self.inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.head = Head(self.inner) if head == "logp" else ScalarHead(self.inner)
+        scalar = gives_scalars(self.inner) if head is None else head == "scalar"
+        self.head = ScalarHead(self.inner) if scalar else Head(self.inner)
         self.before = virtual_tokens(model)
         self.wanted = share
         self.shares = share and cannot_share(self.inner) is None
         self.fused = self.shares and self.inner in _FUSED and flex.usable(self.device)
+        self.rope = Rope.of(self.inner)
 
     @property
     def device(self) -> torch.device:
         return next(self.inner.parameters()).device
 
     def forward(self, sequences: Sequence[Rendered], want: tuple[Value, ...] = ()) -> Scored:
-        """Scores the sequences in one pass; with a graph where gradients are enabled."""
+        """Scores the sequences, in one pass where their rotary frequencies are the same; with a graph where gradients are
+        enabled."""
         virtual = Virtual.of(self.model)
         in_front = virtual.count if virtual else 0
+        runs = self.rope.runs([in_front + len(s.ids) for s in sequences])
+        if len(runs) == 1:
+            return self._run(sequences, want, virtual)
+        parts = [self._run([sequences[n] for n in run], want, virtual) for run in runs]
+        order = sorted(range(len(sequences)), key=[n for run in runs for n in run].__getitem__)
+        lengths = [length for part in parts for length in part.lengths]
+
+        def joined(values: list[Tensor]) -> Tensor:
+            each = torch.cat(values).split(lengths)
+            return torch.cat([each[n] for n in order])
+
+        return Scored(
+            token_logp=joined([part.token_logp for part in parts]),
+            lengths=[lengths[n] for n in order],
+            tokens=sum(part.tokens for part in parts),
+            values={name: joined([part.values[name] for part in parts]) for name in want},
+        )
+
+    def _run(self, sequences: Sequence[Rendered], want: tuple[Value, ...], virtual: Virtual | None) -> Scored:
+        """One pass."""
+        if self.wanted and not self.shares and self.inner not in _SAID:
+            _SAID.add(self.inner)
+            why = cannot_share(self.inner)
+            log.warning(f"{type(self.inner).__name__}: every response is scored with its own copy of the prompt: {why}")
+        self.rope.restart()
         if self.shares:
             trie = grow([s.ids for s in sequences], SHORTEST, [s.attachments for s in sequences])
             hidden = along(self.inner, attention.Layout.of(trie, self.device, virtual=virtual, fused=self.fused), virtual)
             places = [trie.places(n) for n in range(len(sequences))]
-            tokens = len(trie.ids) + in_front
+            tokens = len(trie.ids) + (virtual.count if virtual else 0)
         else:
-            width = max(len(s.ids) for s in sequences)
-            hidden = padded(self.inner, [s.ids for s in sequences], self.device, virtual)
-            places = [[n * width + i for i in range(len(s.ids))] for n, s in enumerate(sequences)]
-            tokens = sum(map(len, places)) + in_front * len(sequences)
+            ids = [s.ids for s in sequences]
+            alone = self.head.body is None
+            hidden = (whole if alone else padded)(self.inner, ids, self.device, virtual)
+            begins = accumulate(map(len, ids), initial=0) if alone else count(0, max(map(len, ids)))
+            places = [[begin + i for i in range(len(row))] for begin, row in zip(begins, ids, strict=False)]
+            tokens = sum(map(len, ids)) + len(ids) * (virtual.count if virtual else 0)
         asked = [self.head.asked(s) for s in sequences]
         # a token that several sequences share, with the same tokens before it, is predicted once
         unique: dict[tuple[int, int], int] = {}
@@ -113,19 +146,23 @@ def along(model: Any, layout: attention.Layout, virtual: Virtual | None = None) 
 
 
 def padded(model: Any, sequences: Sequence[Sequence[int]], device: torch.device, virtual: Virtual | None = None) -> Tensor:
-    """[R * longest, D] hidden states of one row per sequence, padded at the end; [.., V] logits of a model without backbone."""
+    """[R * longest, D] hidden states of one row per sequence, padded at the end."""
     width = max(map(len, sequences))
     ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=device)
     real = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
-    body = backbone(model)
-    if body is None:
-        whole = virtual.model if virtual else model
-        return whole(input_ids=ids, attention_mask=real, use_cache=False).logits[:, -width:].flatten(0, 1)
     given: dict[str, Any] = {"input_ids": ids}
     if virtual:
         real = torch.cat([real.new_ones(len(ids), virtual.count), real], 1)
         given = virtual.before(ids) if virtual.embedded else given | {"past_key_values": virtual.cache(len(ids))}
-    return body(**given, attention_mask=real, use_cache=False).last_hidden_state[:, -width:].flatten(0, 1)
+    return backbone(model)(**given, attention_mask=real, use_cache=False).last_hidden_state[:, -width:].flatten(0, 1)
+
+
+def whole(model: Any, sequences: Sequence[Sequence[int]], device: torch.device, virtual: Virtual | None = None) -> Tensor:
+    """[T, V] logits of sequences one after the other, each by itself: of a model without a backbone, of which nothing is known,
+    nor what it makes of padding."""
+    run = virtual.model if virtual else model
+    rows = (torch.tensor([s], device=device) for s in sequences)
+    return torch.cat([run(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :] for ids in rows])
 
 
 @contextmanager
@@ -145,9 +182,19 @@ def _layers(config: Any) -> list[str]:
     return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
 
 
+def _windows(config: Any) -> list[int | None]:
+    """The window of each layer as the config has it."""
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "layer_types", None):
+        used = getattr(config, "use_sliding_window", None) is not False
+        return [window if used else None] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in _layers(config)]
+
+
 # -- which models can share -------------------------------------------------------------------------------------------------
 
 _ASKED: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+_SAID: weakref.WeakSet[Any] = weakref.WeakSet()  # of those that cannot, the ones that were scored, which was said
 _FUSED: weakref.WeakSet[Any] = weakref.WeakSet()  # of those that can, the ones whose attention is one call a layer
 
 
@@ -159,16 +206,15 @@ def cannot_share(model: Any) -> str | None:
     """Why a model cannot score a trie, or None where it can: asked once per model, on a trie of a few tokens.
 
     A model that does not attend through transformers' interface, or drops the keyword on the way, would be wrong in silence.
-    So the calls of attention are counted, the windows they are given are compared with the config's, and the hidden states with
-    those of the sequences one by one. Where FlexAttention may run it is tried first, forward and backward, and attention node
-    by node where it fails or is wrong.
+    So the calls of attention are counted, the windows they are given are compared with the config's, a mask of the model's own
+    is refused, and the hidden states are compared with those of the sequences one by one. Where FlexAttention may run it is
+    tried first, forward and backward, and attention node by node where it fails or is wrong.
     """
     if model not in _ASKED:
         before = model.config._attn_implementation
         _ASKED[model] = why = _ask(model)
         if why:
             model.set_attn_implementation(before)
-            log.warning(f"{type(model).__name__}: every response is scored with its own copy of the prompt: {why}")
     return _ASKED[model]
 
 
@@ -181,7 +227,8 @@ def require_sharing(model: Any) -> None:
 
 
 def _ask(model: Any) -> str | None:
-    if backbone(model) is None:
+    # a classifier has no head of this kind
+    if backbone(model) is None or (not hasattr(model, "score") and Head(model).body is None):
         return "its backbone cannot be told from its head"
     if not model._can_set_attn_implementation():
         return "its attention does not go through transformers' interface"
@@ -202,30 +249,59 @@ def _ask(model: Any) -> str | None:
 
 
 def _probe(model: Any, kinds: list[str], *, fused: bool) -> str | None:
-    """What goes wrong along a trie of three sequences; None where nothing does."""
+    """What goes wrong along a trie of three sequences; None where nothing does. Rounding is nothing wrong: where layers
+    choose their experts it can make a large difference, which is none in float32."""
+    dtype = next(model.parameters()).dtype
+    differs = _distance(model, kinds, fused=fused)
+    if isinstance(differs, str) or differs <= attention.bound(dtype):
+        return differs if isinstance(differs, str) else None
+    line = f"its hidden states along a trie differ by {differs:.2g} from those of plain sequences"
+    if dtype == torch.float32:
+        return Wrong(line)
+    name, kind = type(model).__name__, str(dtype).removeprefix("torch.")
+    try:
+        with exact.in_float32(model):
+            again = _distance(model, kinds, fused=fused)
+            if isinstance(again, str):
+                raise RuntimeError(again)
+    except exact.Untried as cannot:
+        log.warning(f"{name}: {line} in {kind}. Whether that is rounding is not known: {cannot}")
+        return None
+    if again > attention.bound(torch.float32):
+        return Wrong(f"{line}, and by {again:.2g} in float32")
+    log.info(f"{name}: {line} in {kind}: by rounding, since by {again:.2g} in float32")
+    return None
+
+
+def _distance(model: Any, kinds: list[str], *, fused: bool) -> float | str:
+    """Of hidden states along a trie from those of its three sequences one by one; or why the model cannot run along it."""
     device, vocabulary = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
     # one call of attention is tried on keys of several blocks, of those that all their queries see and of others
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    length = max(9, min(300, positions - 6)) if fused else 9
+    rope = Rope.of(model)
+    length = max(9, min(300, positions - 6, *(limit - 6 for limit in rope.limits))) if fused else 9
     prompt = [(7 * n + 3) % vocabulary for n in range(length)]
     sequences = [(*prompt, *((5 * n + k) % vocabulary for n in range(4 + k))) for k in range(3)]
     trie = grow(sequences, 1)
     layout = attention.Layout.of(trie, device, fused=fused, compare=fused)
     try:
         with torch.no_grad(), evaluation_mode(model):
+            rope.restart()
             shared = along(model, layout)
             alone = [padded(model, [s], device) for s in sequences]
+        windows = _windows(model.config.get_text_config())
+    except torch.OutOfMemoryError:  # it says nothing of the model
+        raise
     except Exception as error:  # whatever a model's own code says of a trie, it cannot be used
         what = "FlexAttention fails" if fused else "its code does not take a trie"
         return f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-    windows = dict(layout.calls)
-    if len(layout.calls) != len(kinds):
-        return f"{len(layout.calls)} of its {len(kinds)} attention layers read the trie"
-    for layer, kind in enumerate(kinds):
-        if kind == "sliding_attention" and windows.get(layer) is None:
+    if len(layout.windows) != len(kinds):
+        return f"{len(layout.windows)} of its {len(kinds)} attention layers read the trie"
+    # a window may live in the mask alone, which is not read here, and be wider than these sequences are long
+    for layer, (said, window) in enumerate(zip(layout.windows, windows, strict=True)):
+        if said != window:
             return f"layer {layer} does not say its window"
+    if not all(bool(torch.isfinite(states).all()) for states in alone):
+        return "its hidden states are not finite"
     together = [shared[trie.places(n)] for n in range(len(sequences))]
-    differs = max(attention.apart(a, b) for a, b in zip(together, alone, strict=True))
-    if differs > attention.bound(shared.dtype):
-        return Wrong(f"its hidden states along a trie differ by {differs:.2g} from those of plain sequences")
-    return None
+    return max(attention.apart(a, b) for a, b in zip(together, alone, strict=True))

@@ -1,8 +1,9 @@
 """What reference models said, kept between runs: one SQLite file with the log-probability of every scored token.
 
 A value stands under a digest of everything that it follows from: the weights and the config, the precision, the kind of
-device, the version of this code's arithmetic, and the tokens and the span of its row. A setting that is not among these cannot
-make it stale. The file only ever saves work: whatever is wrong with it is said once, and the run goes on without it.
+device, the versions of this code's arithmetic and of the libraries', and the tokens and the span of its row. A setting that is
+not among these cannot make it stale. The file only ever saves work: whatever is wrong with it is said once, and the run goes on
+without it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import json
 import logging
 import os
 import sqlite3
+import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b, file_digest
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,14 +28,16 @@ from torch import Tensor
 
 from preftune.data.render import Batch, Rendered
 from preftune.models.inspect import QUANTIZED
+from preftune.scoring.place import APPLICATION, default_place, is_ours
 
 log = logging.getLogger("preftune")
 
-NUMERICS = 1  # of scoring: one more whenever a change moves log-probabilities by more than rounding
+NUMERICS = 2  # of scoring: one more whenever a change moves log-probabilities by more than rounding
+# a new minor version may compute positions or norms in another way
+LIBRARIES = " ".join(f"{name} {'.'.join(metadata.version(name).split('.')[:2])}" for name in ("torch", "transformers"))
 LIMIT = 4 * 2**30  # bytes; over it those rows go that were not used for longest
 PATIENCE = 30.0  # seconds to wait for another process that writes
 SETTLED = 2 * 10**9  # nanoseconds after which a file that is written again has another time
-APPLICATION = 0x70726674  # in the head of the file: another program's database is known by it
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", QUANTIZED, "*.py")
 
 _TABLES = (
@@ -50,12 +55,10 @@ def open_store(setting: str | None) -> Store | None:
     """`reference.store`: a path, `off`, or None for the file in the user's cache folder. Nothing is written yet."""
     if setting is not None:
         return None if setting == "off" else Store(Path(setting))
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
+    if (place := default_place()) is None:
         log.warning("there is no home folder to keep reference log-probabilities in: reference.store=PATH names a file")
         return None
-    return Store(cache / "preftune" / "reference.sqlite")
+    return Store(place)
 
 
 class _Damaged(Exception):
@@ -95,26 +98,33 @@ class Store:
         put = "INSERT OR REPLACE INTO responses (key, logp) VALUES (?, ?)"
         self._write(put, [(key, value + _check(key, value)) for key, value in values.items()])
 
-    def digest(self, folder: str, *, packed: bool = False) -> bytes | None:
-        """Of the files that a local model folder computes with, and of its base's for an adapter; None: they are not here.
+    def digest(self, ref: str, *, packed: bool = False) -> bytes | None:
+        """Of the files that a model computes with: a folder, or a hub name as it was fetched last; for an adapter those of its
+        base too, and the code that its config names elsewhere on the hub. None: they are not here, or not all of them.
         `packed`: loaded in 4 bits, it is another model.
 
         A file is read once; then it is known by its place, size, times and inode.
         """
-        if not folder or not Path(folder).is_dir():
-            return None
-        found = blake2b(digest_size=32)
         try:
-            for path in sorted({path for pattern in MODEL_FILES for path in Path(folder).glob(pattern)}):
-                found.update(path.name.encode() + b"\0" + self._digest_of_file(path))
-            if (adapter := Path(folder) / "adapter_config.json").is_file():
-                base = self.digest(json.loads(adapter.read_bytes()).get("base_model_name_or_path") or "")
-                if base is None:
-                    return None
-                found.update(base)
+            folder = Path(ref) if ref and Path(ref).is_dir() else _cached(ref, "config.json", "adapter_config.json")
+            if folder is None or not _whole(folder):
+                return None
+            found = self._digest_of_files(folder, MODEL_FILES)
+            if (adapter := folder / "adapter_config.json").is_file():
+                parts = [self.digest(json.loads(adapter.read_bytes()).get("base_model_name_or_path") or "")]
+            else:
+                code = [_cached(name, file) for name, file in _code_elsewhere(folder / "config.json")]
+                parts = [place and self._digest_of_files(place, ("*.py",)) for place in code]
         except (OSError, ValueError):  # loading the model will say what is wrong
             return None
-        found.update(b"nf4" * packed)
+        if None in parts:
+            return None
+        return blake2b(b"".join([found, *filter(None, parts), b"nf4" * packed]), digest_size=32).digest()
+
+    def _digest_of_files(self, folder: Path, patterns: Sequence[str]) -> bytes:
+        found = blake2b(digest_size=32)
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+            found.update(path.name.encode() + b"\0" + self._digest_of_file(path))
         return found.digest()
 
     def _digest_of_file(self, path: Path) -> bytes:
@@ -179,7 +189,7 @@ class Store:
             try:
                 return work(self._open())
             except (sqlite3.Error, OSError, _Damaged) as error:
-                if not self._begun_anew and _is_damage(error):
+                if not self._begun_anew and _is_damage(error) and is_ours(self.path):
                     self._begin_anew(error)
                 elif writes and self._connection is not None:
                     self._writable = False
@@ -243,6 +253,33 @@ def _checked(key: bytes, stored: Any) -> bytes:
     return value
 
 
+# -- the files of a model --------------------------------------------------------------------------------------------------
+
+
+def _cached(name: str, *files: str) -> Path | None:
+    """The folder in the hub's cache that has one of these files of a model; nothing is fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(name, file) for file in files) if name.count("/") == 1 else ()
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
+
+
+def _whole(folder: Path) -> bool:
+    """Whether there are weights, and every part of those that an index lists."""
+    lists = [json.loads(path.read_bytes())["weight_map"].values() for path in folder.glob("*.index.json")]
+    parts = {str(part) for names in lists for part in names}
+    return all((folder / part).is_file() for part in parts) and any(
+        path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)
+    )
+
+
+def _code_elsewhere(config: Path) -> list[tuple[str, str]]:
+    """(hub name, file) of the code of another model that a config names as `owner/name--file.Class`."""
+    named = json.loads(config.read_bytes()).get("auto_map", {}).values()
+    parts = {one.rpartition(".")[0].partition("--") for one in named if isinstance(one, str)}
+    return sorted((name, f"{file}.py") for name, mark, file in parts if mark)
+
+
 # -- one model's values -------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +312,7 @@ class Stored:
         self.store.put({self._key(batch.sequences[row]): value for row, value in zip(rows, values, strict=True)})
 
     def _key(self, sequence: Rendered) -> bytes:
-        key = blake2b(f"{NUMERICS} {self.dtype} {self.device} ".encode() + self.identity, digest_size=16)
+        key = blake2b(f"{NUMERICS} {LIBRARIES} {self.dtype} {self.device} ".encode() + self.identity, digest_size=16)
         key.update(array("q", [sequence.start, len(sequence.ids), *sequence.ids]).tobytes())
         key.update(bytes(sequence.mask or ()))
         for place, digest in sequence.attachments:
@@ -302,6 +339,9 @@ def digest_of(model: Any) -> bytes | None:
     except (RuntimeError, TypeError) as error:  # they are somewhere else, or of a type of their own
         log.warning(f"no reference log-probabilities are kept: the model's weights cannot be read ({error})")
         return None
+    for name in sorted({type(module).__module__ for module in model.modules()}):
+        if name.startswith("transformers_modules."):  # its own code, which came with it
+            found.update(Path(str(sys.modules[name].__file__)).read_bytes())
     return found.digest()
 
 

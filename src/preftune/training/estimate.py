@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,12 @@ from torch import Tensor, nn
 
 from preftune.data.render import Rendered
 from preftune.models.adapters import virtual_tokens
+from preftune.models.load import max_positions
 from preftune.models.weights import count, frozen_bytes
 from preftune.scoring.head import backbone
+from preftune.scoring.score import default_budget
+
+log = logging.getLogger("preftune")
 
 LARGEST, SMALLEST = 16_384, 256  # tokens of a micro-batch: more makes no step faster, fewer makes it slower than it need be
 SHARE = 0.8  # of the free memory that activations may take: the allocator's gaps, and what other programs do meanwhile
@@ -29,54 +35,66 @@ class Estimate:
     """Of one run, on one device.
 
     parameters, trained: of the model. fixed_bytes: weights, gradients and AdamW's moments. token_bytes: activations per token
-    of a micro-batch. seconds_per_token: of a training step, with a reference's forward pass where there is one.
+    of a micro-batch; None: they could not be counted. operations: per token of a training step, with a reference's forward pass
+    where there is one. usual: the token budget where nothing says how much memory there is.
     """
 
     parameters: int
     trained: int
     fixed_bytes: int
-    token_bytes: int
-    seconds_per_token: float
+    token_bytes: int | None
+    operations: float
+    usual: int
 
     @classmethod
-    def of(cls, model: Any, dtype: torch.dtype, device: torch.device, *, best: bool, reference: bool) -> Estimate:
-        """Of a model that is loaded, or that only has its structure (on the meta device); `device` is where it will train.
+    def of(cls, model: Any, dtype: torch.dtype, *, best: bool, reference: bool, moving: bool = False) -> Estimate:
+        """Of a model that is loaded, or that only has its structure (on the meta device).
 
         Args:
             best: whether the weights of the best evaluation are kept beside the last.
-            reference: whether the method scores a reference.
+            reference: whether the method scores a reference. moving: whether that is a copy which follows the policy.
         """
         total = sum(count(p) for p in model.parameters())
         trained = sum(count(p) for p in model.parameters() if p.requires_grad)
         frozen = sum(frozen_bytes(p, dtype) for p in model.parameters() if not p.requires_grad)
         # multiply and add, forward; twice that backward, half of it where frozen weights take no gradient of their own
         passes = 1 + (2 if trained == total else 1) + reference
-        rate = EFFICIENCY * matrix_rate(dtype, device)
+        usual, token_bytes = default_budget(model), None
+        try:
+            token_bytes = int(PASSING * kept_bytes(model, dtype))
+        except Exception as error:  # a model's own code, called in a way that only counting needs
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            log.warning(f"memory per token is not known, {type(model).__name__} fails where it is counted ({said})")
         return cls(
             parameters=total,
             trained=trained,
-            fixed_bytes=frozen + trained_bytes(trained, dtype, best=best),
-            token_bytes=int(PASSING * kept_bytes(model, dtype)),
-            seconds_per_token=2.0 * _multiplied(model) * passes / rate,
+            fixed_bytes=frozen + trained_bytes(trained, dtype, best=best, moving=moving),
+            token_bytes=token_bytes,
+            operations=2.0 * _multiplied(model) * passes,
+            usual=usual,
         )
 
-    def peak_bytes(self, tokens: int) -> int:
+    def seconds(self, tokens: int, rate: float) -> float:
+        """For so many tokens of training steps, at the `matrix_rate` of a machine."""
+        return tokens * self.operations / (EFFICIENCY * rate)
+
+    def peak_bytes(self, tokens: int) -> int | None:
         """With micro-batches of at most so many tokens."""
-        return self.fixed_bytes + self.token_bytes * tokens + HEAD
+        return None if self.token_bytes is None else self.fixed_bytes + self.token_bytes * tokens + HEAD
 
     def tokens(self, free: int | None) -> int:
         """The token budget for so much memory, of which nothing is taken yet: a multiple of 256, at most 16,384."""
-        if free is None:
-            return LARGEST
+        if free is None or self.token_bytes is None:
+            return self.usual
         fitting = int((SHARE * (free - self.fixed_bytes) - HEAD) / max(1, self.token_bytes))
         return max(SMALLEST, min(LARGEST, fitting // SMALLEST * SMALLEST))
 
 
-def trained_bytes(trained: int, dtype: torch.dtype, *, best: bool) -> int:
+def trained_bytes(trained: int, dtype: torch.dtype, *, best: bool, moving: bool = False) -> int:
     """Bytes that are there for the whole run for what trains: its weights, their gradient in float32, AdamW's two moments, and
-    in bfloat16 the copy that computes; where the best weights are kept, these too."""
+    in bfloat16 the copy that computes; where the best weights are kept, or a reference moves, these too."""
     copy = 0 if dtype.itemsize == 4 else dtype.itemsize
-    return trained * (4 + 4 + 8 + copy + 4 * best)
+    return trained * (4 + 4 + 8 + copy + 4 * best + (4 + copy) * moving)
 
 
 def kept_bytes(model: Any, dtype: torch.dtype) -> int:
@@ -94,19 +112,27 @@ def kept_bytes(model: Any, dtype: torch.dtype) -> int:
             kept[storage._cdata] = (int(size), tensor)
         return tensor
 
-    vocabulary = inner.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([[n % vocabulary for n in range(_TOKENS)]], device=next(inner.parameters()).device)
-    # a mask that is made already is not looked into, which nothing could be on the meta device
-    ready = {"attention_mask": torch.ones(1, 1, _TOKENS, _TOKENS, dtype=torch.bool, device=ids.device).tril()}
-    mask = ready if inner._can_set_attn_implementation() else {}
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        given = {"input_ids": ids}
-        if virtual_tokens(model):  # where nothing of the backbone trains, its inputs have the first gradient
-            given = {"inputs_embeds": inner.get_input_embeddings()(ids).detach().requires_grad_()}
-        result = (backbone(inner) or inner)(**given, use_cache=False, **mask)
-        total = sum(size for size, _ in kept.values())
-    del result
-    return total // _TOKENS
+    vocabulary, length = inner.get_input_embeddings().weight.shape[0], min(_TOKENS, max_positions(inner) or _TOKENS)
+    ids = torch.tensor([[n % vocabulary for n in range(length)]], device=next(inner.parameters()).device)
+
+    def counted(**mask: Tensor) -> int:
+        kept.clear()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            given = {"input_ids": ids}
+            if virtual_tokens(model):  # where nothing of the backbone trains, its inputs have the first gradient
+                given = {"inputs_embeds": inner.get_input_embeddings()(ids).detach().requires_grad_()}
+            result = (backbone(inner) or inner)(**given, use_cache=False, **mask)
+            total = sum(size for size, _ in kept.values())
+        del result
+        return total // length
+
+    if ids.is_meta:
+        # most models look into a mask that is not made already (four dimensions), which nothing can here; some take no such
+        ready = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).tril()
+        for mask in (ready, torch.ones_like(ids)):
+            with suppress(Exception):  # whatever a model's own code says of it
+                return counted(attention_mask=mask)
+    return counted()
 
 
 def _multiplied(model: nn.Module) -> int:
@@ -149,13 +175,37 @@ def _available(path: Path = Path("/proc/meminfo")) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _left_in_group(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's limit leaves; cached files are not counted as taken, they can go."""
+def _left_in_group(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the tightest limit leaves of the control groups that this process is in: a container's, a batch job's, a service's.
+
+    Args:
+        root: where the groups are mounted, those of version 1 in a folder of their controller.
+        membership: a line `number:controllers:path` for each hierarchy; version 2 names no controllers.
+    """
+    folders = {root: _V2, root / "memory": _V1}  # in a container its own group is mounted here, whatever its path says
+    with suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            top, files = (root, _V2) if not controllers else (root / "memory", _V1)
+            if not controllers or "memory" in controllers.split(","):
+                own = top.joinpath(*(part for part in Path(path).parts if part not in ("/", "..")))
+                folders |= {folder: files for folder in (own, *own.parents) if folder.is_relative_to(top)}
+    return min((left for folder, files in folders.items() if (left := _left(folder, *files)) is not None), default=None)
+
+
+# limit, use, and what can go of it: cached files
+_V2 = ("memory.max", "memory.current", "inactive_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_NO_LIMIT = 2**60  # version 1 has no word for it, but a number near 2^63
+
+
+def _left(folder: Path, limit: str, use: str, cached: str) -> int | None:
+    """Bytes that one group may still take; None: it has no limit, or is not there."""
     try:
-        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        most, used = (int((folder / name).read_text()) for name in (limit, use))
         counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(limit) - int(used) + int(counts.get("inactive_file", 0))
-    except (OSError, ValueError):  # another system, or no limit: "max"
+        return most - used + int(counts.get(cached, 0)) if most < _NO_LIMIT else None
+    except (OSError, ValueError):  # "max" is version 2's word for no limit
         return None
 
 

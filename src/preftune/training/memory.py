@@ -13,6 +13,7 @@ import torch
 
 from preftune.data.render import Batch
 from preftune.errors import RunFailed
+from preftune.models.randomness import random_state_kept
 from preftune.scoring.scorer import Scorer
 from preftune.training.estimate import pass_tokens
 from preftune.training.gradient import Step
@@ -71,7 +72,7 @@ def fits(
         scores = scorer([batch.sequences[row] for row in largest(budget)[1]])
         (0.0 * scores.logp.sum()).backward()
 
-    with torch.random.fork_rng():
+    with random_state_kept(scorer.device):
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.zeros_like(parameter)
         step(optimizer, 0.0)  # makes the state: zeros, once the count of steps is put back
@@ -81,7 +82,9 @@ def fits(
         least = indivisible(scorer, batch, (e for examples in batches for e in examples))
         try:
             _, budget = finer_if_needed(attempt, budget, least, lambda: optimizer.zero_grad(set_to_none=True))
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             tokens = largest(budget)[0]
         else:
             optimizer.zero_grad(set_to_none=True)
@@ -94,24 +97,31 @@ def fits(
 
 
 def finer_if_needed(work: Callable[[int], T], budget: int, least: int, clear: Callable[[], None]) -> tuple[T, int]:
-    """The work, and the token budget that it fitted with: where an accelerator's memory does not hold it, what is half done is
+    """The work, and the token budget that it fitted with: where the memory does not hold it, what is half done is
     cleared away and the work done again with half the budget, down to one example at a time."""
     while True:
         try:
             return work(budget), budget
-        except torch.OutOfMemoryError:
-            if budget <= least:
+        except Exception as error:
+            if not is_out_of_memory(error) or budget <= least:
                 raise
         # only here: the exception's traceback held the tensors of the pass that failed
         clear()
-        torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         budget = max(least, budget // 2)
         log.warning(f"out of memory: going on with train.tokens_per_microbatch={budget}, which gives the same gradient")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an error of its own; of Apple's GPU and of the CPU's allocator one knows only the words."""
+    words = ("MPS backend out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(said in str(error) for said in words)
+
+
 def indivisible(scorer: Scorer, batch: Batch, examples: Iterable[Example]) -> int:
     """Tokens of the largest example: no micro-batch can be cut below it."""
-    rows = ([batch.index(e.group, r) for r in e.responses] for e in examples)
+    rows = ([batch.index(e.group, r) for r in e.read] for e in examples)
     return max(pass_tokens(batch.sequences, own, shares=scorer.shares, before=scorer.before) for own in rows)
 
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from preftune.models.weights import cast_parameters, copy_sharing, is_packed
+from preftune.scoring.head import Head, ScalarHead
+
+_PART = 2**23  # entries of a sum of two precisions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,23 +47,41 @@ class Weights:
         self.masters = [own if own.dtype == torch.float32 else own.detach().float() for own, _ in self._trained]
 
     @contextmanager
-    def collecting(self) -> Generator[None]:
+    def collecting(self, head: Head | ScalarHead | None = None) -> Generator[None]:
         """Inside, each gradient of the compute copy goes into its master's, in float32, as soon as it is there: the copy's
-        own gradients never stand in memory together."""
+        own gradients never stand in memory together.
+
+        Args:
+            head: of the compute copy. Where it can, it adds to its master's gradient block by block, so that no micro-batch
+                makes another tensor of the weight's size; what else the weight is used for adds to the same.
+        """
 
         def into(master: Tensor) -> Callable[[Tensor], None]:
             def move(used: Tensor) -> None:
-                assert used.grad is not None
-                gradient, used.grad = used.grad.float(), None
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                gradient, used.grad = used.grad, None
+                if gradient is None:  # the head's, which added it itself
+                    return
+                if master.grad is None:
+                    master.grad = gradient.float()
+                    return
+                # in parts: on the CPU a sum of two precisions makes a copy of its terms
+                rows = max(1, _PART // max(1, gradient[:1].numel())) if gradient.ndim else 1
+                for sums, part in zip(*(torch.atleast_1d(g).split(rows) for g in (master.grad, gradient)), strict=True):
+                    sums.add_(part)
 
             return move
 
-        pairs = zip(self.masters, (used for _, used in self._trained), strict=True)
+        pairs = list(zip(self.masters, (used for _, used in self._trained), strict=True))
         hooks = [used.register_post_accumulate_grad_hook(into(master)) for master, used in pairs if used is not master]
+        plain = head if isinstance(head, Head) and head.plain else None
+        master = next((master for master, used in pairs if plain and used is plain.output.weight), None)
         try:
+            if plain and master is not None:
+                plain.into = partial(_gradient_of, master)
             yield
         finally:
+            if plain:
+                plain.into = None
             for hook in hooks:
                 hook.remove()
 
@@ -71,6 +93,13 @@ class Weights:
                 own.copy_(master)
             if used is not master and used is not own:
                 used.copy_(master)
+
+
+def _gradient_of(master: Tensor) -> Tensor:
+    """Its gradient, zeros where it has none."""
+    if master.grad is None:
+        master.grad = torch.zeros_like(master)
+    return master.grad
 
 
 def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:

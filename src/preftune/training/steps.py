@@ -19,6 +19,7 @@ from preftune.scoring.scorer import Scorer
 from preftune.training.gradient import Step, backward
 from preftune.training.memory import finer_if_needed, fits, indivisible, memory_gb, step
 from preftune.training.method import Example, Method
+from preftune.training.moving import Moving
 from preftune.training.options import TrainOptions
 from preftune.training.precision import Weights, gradient_norm
 
@@ -88,7 +89,12 @@ def shuffled(examples: Sequence[Example], seed: int, epoch: int) -> list[Example
 
 
 def steps(
-    weights: Weights, batch: Batch, method: Method, the_plan: Plan, reference_logp: Tensor | None
+    weights: Weights,
+    batch: Batch,
+    method: Method,
+    the_plan: Plan,
+    reference_logp: Tensor | None,
+    moving: Moving | None = None,
 ) -> Generator[dict[str, Any]]:
     """Takes the plan's optimizer steps, and yields each step's metrics, measured before that step's update.
 
@@ -96,6 +102,7 @@ def steps(
         weights: the model that trains.
         batch: all rendered training responses.
         reference_logp: [len(batch)] nats, where the method needs a reference.
+        moving: in its place, a reference that is scored in every step and follows the policy.
 
     Raises:
         RunFailed: a loss or gradient that is not finite, and the optimizer has not stepped on it; a micro-batch that does not
@@ -105,13 +112,21 @@ def steps(
     optimizer = torch.optim.AdamW(weights.masters, lr=the_plan.learning_rate, weight_decay=options.weight_decay, fused=True)
     scorer = Scorer(weights.compute, share=options.sharing != "off")
     budget = options.tokens_per_microbatch or default_budget(scorer.model)
-    with weights.collecting():
+
+    def taken(examples: Sequence[Example], budget: int) -> tuple[dict[str, float], int]:
+        reference = reference_logp
+        if moving is not None:
+            rows = [batch.index(e.group, r) for e in examples for r in e.rows]
+            reference = moving.logp(batch, rows, budget, share=scorer.wanted)
+        return backward(scorer, Step.of(scorer, batch, method, examples, reference, budget))
+
+    with weights.collecting(scorer.head):
         budget = fits(scorer, optimizer, batch, method, [examples for _, examples in the_plan.batches], budget)
         for number, (epoch, examples) in enumerate(the_plan.batches, start=1):
             began = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             (line, tokens), budget = finer_if_needed(
-                lambda budget, own=examples: backward(scorer, Step.of(scorer, batch, method, own, reference_logp, budget)),
+                lambda budget, own=examples: taken(own, budget),
                 budget,
                 least=indivisible(scorer, batch, examples),
                 clear=lambda: optimizer.zero_grad(set_to_none=True),
@@ -122,6 +137,8 @@ def steps(
             rate = the_plan.rate(number)
             step(optimizer, rate)
             weights.refresh()
+            if moving is not None:
+                moving.follow(number, weights)
             seconds = time.perf_counter() - began
             yield {
                 "step": number,
