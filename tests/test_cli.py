@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = os.getcwd()
     os.chdir(here)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("preftune.runs.trainer.NEW_TOKENS", 3)
+        patch.setattr("preftune.runs.answers.NEW_TOKENS", 3)
         assert quietly(*TRAIN, "learning_rate=1e-3", "out=done", "--quiet") == 0
     yield here
     os.chdir(before)

@@ -212,7 +212,7 @@ def ran(home: Path) -> dict[str, Any]:
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr("preftune.runs.trainer.NEW_TOKENS", 3)
+        patch.setattr("preftune.runs.answers.NEW_TOKENS", 3)
         for block in blocks("python", [ROOT / "README.md"]):
             exec(compile(block.text, "README.md", "exec"), names)
     return names

@@ -475,7 +475,7 @@ def test_the_tightest_control_group_counts_wherever_it_stands(tmp_path: Path) ->
 def test_the_budget_is_recorded_and_weights_that_do_not_fit_are_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("preftune.runs.trainer.NEW_TOKENS", 2)
+    monkeypatch.setattr("preftune.runs.answers.NEW_TOKENS", 2)
     monkeypatch.setattr("preftune.report.write", lambda folder: None)
     keys: dict[str, Any] = {"dtype": "float32", "steps": 1, "eval_groups": []}
     monkeypatch.setattr(estimate, "matrix_rate", None)  # a run reads no time, and measures nothing for it

@@ -87,6 +87,9 @@ class TrainKeys(WithModel):
     adapter: AdapterOptions = Field(default=AdapterOptions(), description="Short for adapter.type.")
     train: TrainOptions = Field(default=TrainOptions(), description="How training goes: the keys below.")
     out: Place | None = Field(default=None, description="Run folder; default runs/<method>-<date>-<n>.")
+    resume: Place | None = Field(
+        default=None, description="Run folder: go on where it stopped. Besides, only steps, epochs and train.trackers."
+    )
     overwrite: bool = Field(default=False, description="Move a run that is there to .old-1 instead of refusing.")
     dry_run: bool = Field(default=False, description="Resolve, check, estimate memory, show three rendered rows, stop.")
 
@@ -187,8 +190,8 @@ VERB_KEYS: dict[str, type[Group]] = {
 Keys = TypeVar("Keys", bound=Group)
 
 
-def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
-    """The keys of a verb from its words: at most one YAML file, and key=value.
+def resolve(keys: type[Keys], words: Sequence[str], *, under: str | None = None) -> Keys:
+    """The keys of a verb from its words: at most one YAML file, and key=value; `under` is a file that these change.
 
     A beta that the method does not read is refused as a word. In a file, which may serve several methods, it is said.
     """
@@ -197,7 +200,7 @@ def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
         raise Refusal(
             f"one YAML file at most, not {', '.join(files)}; keys are written key=value, without spaces", code="usage"
         )
-    layers = _read_files(files[0], keys) if files else []
+    layers = [layer for file in (under, *files) if file is not None for layer in _read_files(file, keys)]
     layers += [("", parse_word(w)) for w in words if "=" in w]
     merged: dict[str, Any] = {}
     for _, layer in layers:
@@ -269,8 +272,13 @@ def dump(keys: Group) -> str:
     yaml = new_yaml()
     yaml.default_flow_style = False
     text = io.StringIO()
-    yaml.dump(_absolute(keys.model_dump(mode="json", exclude={"dry_run", "overwrite"})), text)
+    yaml.dump(saved_values(keys), text)
     return text.getvalue()
+
+
+def saved_values(keys: Group) -> dict[str, Any]:
+    """What config.yaml holds, before it is YAML."""
+    return _absolute(keys.model_dump(mode="json", exclude={"dry_run", "overwrite", "resume"}))
 
 
 def all_keys(keys: type[BaseModel], prefix: str = "") -> dict[str, str]:

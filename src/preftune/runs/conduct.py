@@ -46,7 +46,11 @@ class References:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """All that a run is made of, brought together: loaded, rendered, resolved. `out`: its folder, if it has one."""
+    """All that a run is made of, brought together: loaded, rendered, resolved.
+
+    out: its folder, if it has one. reopened: a run began there, and this one goes on for it, from the checkpoint `resume` or,
+    where there is none yet, from the start.
+    """
 
     model: Any
     tokenizer: Any
@@ -56,6 +60,8 @@ class Setup:
     model_ref: str
     out: Path | None = None
     progress: Progress | None = None
+    reopened: bool = False
+    resume: Path | None = None
 
 
 def is_kept(keys: TrainKeys) -> bool:
@@ -102,7 +108,7 @@ def conduct(setup: Setup) -> Run:
     out, earlier, started = setup.out, setup.references.earlier, time.time()
     with _brought_to_an_end(out) as stop:
         environment = _open_folder(out, job.keys, setup) if out else {}
-        if out and earlier and earlier.is_file():
+        if out and earlier and earlier.is_file() and not setup.reopened:
             (out / "checkpoints").mkdir()
             shutil.copyfile(earlier, out / "checkpoints" / OWN)
         try:
@@ -149,6 +155,7 @@ def _job(setup: Setup) -> Job:
         load_start=again,
         stored=tuple(Stored(store, identity, dtype, kind) for store in stores) if identity else (),
         out=setup.out,
+        resume=setup.resume,
         **({"progress": setup.progress} if setup.progress else {}),
     )
 
@@ -217,11 +224,15 @@ def _brought_to_an_end(out: Path | None) -> Generator[Stop]:
 
 def _open_folder(out: Path, keys: TrainKeys, setup: Setup) -> dict[str, Any]:
     """What can be written before the first step; gives the environment back, which the end adds to."""
-    files.make(out, overwrite=keys.overwrite)
+    if not setup.reopened:
+        files.make(out, overwrite=keys.overwrite)
     files.write_text(out / "config.yaml", dump(keys))
     files.write_json(out / "data.json", setup.rendered.summary)
     data_files = [source["path"] for source in setup.rendered.summary["sources"]]
     environment = files.environment([*files.model_files(setup.model_ref), *data_files], device=str(setup.model.device))
+    if setup.reopened and (first := files.read_json(out / "environment.json")):
+        again = {"started": environment["started"], "versions": environment["versions"]}
+        environment = first | {"resumed": [*first.get("resumed", []), again]}
     files.write_json(out / "environment.json", environment)
     return environment
 

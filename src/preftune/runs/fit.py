@@ -110,6 +110,7 @@ _NOT_IN_FIT = {
     "model": "the model is the first argument",
     "eval_data": "held-out groups are eval_groups",
     "dry_run": "preftune train has it",
+    "resume": "preftune train has it",
     "trust_remote_code": "the model is loaded already",
 }
 

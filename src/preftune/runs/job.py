@@ -45,6 +45,7 @@ class Job:
     `load_start` gives the starting policy once more, for the KL after training; None where it is gone.
     `stored` has what was scored with the same reference, by this run and by earlier ones: the first that has a value gives it,
     and all are given it.
+    `resume` is the whole checkpoint of a run that stopped, which this one goes on for in the same folder.
     """
 
     model: Any
@@ -59,6 +60,7 @@ class Job:
     load_start: Callable[[], Any] | None = None
     stored: tuple[Stored, ...] = ()
     out: Path | None = None
+    resume: Path | None = None
     progress: Progress = lambda phase, done, total, line: None
 
 

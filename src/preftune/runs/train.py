@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -16,6 +17,7 @@ from preftune.runs import folder as files
 from preftune.runs import preview
 from preftune.runs.conduct import References, Setup, conduct, is_kept, resolved
 from preftune.runs.prepare import Data, Rendered, read_data, render_said
+from preftune.runs.resume import check_files
 from preftune.scoring.place import check_place
 from preftune.training import trackers
 
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
     from preftune.runs.job import Progress, Run
     from preftune.scoring.store import Stored
 
+log = logging.getLogger("preftune")
+
 
 def train(keys: TrainKeys, *, config: Path | None = None, progress: Progress | None = None) -> Run | dict[str, Any]:
     """The run of a resolved config; of a dry run its plan.
 
     Args:
+        keys: with `resume`, those that `runs.resume.keys_of` gave.
         config: the file that the keys were read from; that of an earlier run has the reference values beside it that it used.
 
     Raises:
@@ -36,10 +41,14 @@ def train(keys: TrainKeys, *, config: Path | None = None, progress: Progress | N
     """
     found = _models(keys)
     trackers.check(keys.train.trackers)
-    files.choose_out(keys.out, "run", overwrite=keys.overwrite)
+    reopened = Path(keys.resume) if keys.resume else None
+    if reopened:
+        check_files(reopened)
+    else:
+        files.choose_out(keys.out, "run", overwrite=keys.overwrite)
     data = read_data(keys.data.sources, keys.data, keys.eval_data, keys.method)
     check_moving(keys.reference, data.method)
-    out = files.choose_out(keys.out, data.method.label, overwrite=keys.overwrite)
+    out = reopened or files.choose_out(keys.out, data.method.label, overwrite=keys.overwrite)
     read_from = [found.model, found.reference, *(source["path"] for reading in data.readings for source in reading.sources)]
     files.check_apart(out, [Path(path) for path in read_from if path])
     check_place(keys.reference.store, [path for path in read_from if path])
@@ -47,8 +56,11 @@ def train(keys: TrainKeys, *, config: Path | None = None, progress: Progress | N
     keys = resolved(keys, data.method, out, limit, adapter=found.adapter or keys.adapter.type != "none")
     if keys.dry_run:
         return preview.show(keys, rendered, tokenizer)
+    resume = _checkpoint(reopened, keys, rendered) if reopened else None
     model, references = _loaded(keys, found, tokenizer, rendered, config)
-    return conduct(Setup(model, tokenizer, rendered, keys, references, found.model, out, progress))
+    return conduct(
+        Setup(model, tokenizer, rendered, keys, references, found.model, out, progress, reopened is not None, resume)
+    )
 
 
 class _Models(NamedTuple):

@@ -20,8 +20,9 @@ class TrainOptions(BaseModel):
     keep_best: bool = Field(
         default=True, description="With eval_every: model/ holds the weights with the lowest held-out loss, not the last ones."
     )
-    save_every: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Optimizer steps between checkpoints; 0: none but the last weights, or those of an interruption."
+    save_every: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Optimizer steps between checkpoints; absent: one every 30 minutes; 0: only when the run is stopped.",
     )
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(default=2, description="Newest checkpoints kept.")
     tokens_per_microbatch: Annotated[int, Field(ge=1)] | None = Field(
