@@ -100,6 +100,29 @@ def _rendered(keys: TrainKeys, found: _Models, data: Data) -> tuple[Any, Rendere
     return tokenizer, render_said(data, tokenizer, keys, limit), limit
 
 
+def _checkpoint(run: Path, keys: TrainKeys, rendered: Rendered) -> Path | None:
+    """Where a run goes on: its newest checkpoint that is whole; None: it was stopped before the first.
+
+    Raises:
+        Refusal: it is complete and has none, or was asked to end before it.
+    """
+    from preftune.runs.checkpoint import facts_of, latest
+    from preftune.runs.job import plan_of
+
+    found = latest(run / "checkpoints")
+    if found is None:
+        if (run / "evaluation.json").is_file():
+            line = f"{run} is complete and has no checkpoint to go on from: begin a run with model={run}"
+            raise Refusal(line, code="no_checkpoint", key="resume")
+        log.info(f"{run}: stopped before its first checkpoint: it begins again")
+        return None
+    taken, asked = facts_of(found)["step"], len(plan_of(methods.make(keys.method, beta=keys.beta), rendered.train, keys))
+    if asked < taken:
+        line = f"{run} has taken {taken:,} steps already, and {asked:,} are asked for"
+        raise Refusal(line, code="beyond_the_end", key="steps" if keys.steps is not None else "epochs")
+    return found
+
+
 def _loaded(keys: TrainKeys, found: _Models, tokenizer: Any, rendered: Rendered, config: Path | None) -> tuple[Any, References]:
     """The policy, and where its reference comes from. A reference model that is another one is loaded too, before a folder is
     made: it may not be loadable. With no value left to score it was, from the same files."""
