@@ -37,7 +37,7 @@ from preftune.training.gradient import Step, backward
 from preftune.training.method import Scored
 from preftune.training.options import TrainOptions
 from preftune.training.precision import Weights
-from preftune.training.steps import Plan, steps
+from preftune.training.steps import Plan, begin, steps
 
 
 class AgainstTheMean(Pairwise):
@@ -243,7 +243,7 @@ def run_steps(model: Any, batch: Batch, budget: int, count: int = 3) -> list[dic
         reference = score(model, batch).logp
     options = TrainOptions(tokens_per_microbatch=budget, warmup=0.0, schedule="constant")
     the_plan = Plan(tuple((0, tuple(method.examples(batch.groups))) for _ in range(count)), 1e-3, options)
-    return list(steps(weights, batch, method, the_plan, reference))
+    return list(steps(begin(weights, the_plan), batch, method, the_plan, reference))
 
 
 NO_ROOM = (
@@ -305,7 +305,7 @@ def test_a_step_that_runs_out_of_memory_half_way_is_begun_again(
     method, weights = methods.make("dpo", beta=0.1), Weights(tight, torch.float32)
     options = TrainOptions(tokens_per_microbatch=100, warmup=0.0, schedule="constant")
     the_plan = Plan(((0, tuple(method.examples(batch.groups))),), 1e-3, options)
-    (line,) = steps(weights, batch, method, the_plan, reference)
+    (line,) = steps(begin(weights, the_plan), batch, method, the_plan, reference)
     assert "tokens_per_microbatch=" in caplog.text
     assert line["grad_norm"] == pytest.approx(told[0]["grad_norm"], rel=tolerances.FIGURE)
 

@@ -72,7 +72,9 @@ class Course:
         folder = self._save()
         if self.pending is not None:  # the step was taken, whatever became of its evaluation
             self.sink(self.pending)
-        return f"; the weights are in {folder}, and train resume={self.job.out} goes on from there" if folder else ""
+        if folder is None:
+            return ""
+        return f"; the weights are in {folder}" + (f", and {self.job.again} goes on from there" if self.job.again else "")
 
     def _evaluated(self, line: dict[str, Any]) -> None:
         """The step was taken: its line is complete once it is evaluated, where that is due, and goes to the metrics then."""

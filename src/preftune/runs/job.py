@@ -63,6 +63,11 @@ class Job:
     resume: Path | None = None
     progress: Progress = lambda phase, done, total, line: None
 
+    @property
+    def again(self) -> str:
+        """How the run goes on when it was stopped; "" of one whose data came from memory."""
+        return f"train resume={self.out}" if self.out and self.keys.data.sources else ""
+
 
 def plan_of(method: Method, batch: Batch, keys: TrainKeys) -> Plan:
     """The steps that a resolved run takes over its training data."""

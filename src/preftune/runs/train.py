@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from preftune import methods
 from preftune.config import TrainKeys, check_moving
 from preftune.data.template import apply_template
+from preftune.errors import Refusal
 from preftune.models.inspect import check_adapter_of, check_vocabulary, facts, resolve
 from preftune.runs import folder as files
 from preftune.runs import preview

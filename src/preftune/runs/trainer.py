@@ -76,7 +76,8 @@ def run(job: Job, stop: Stop) -> Run:
             number = stop.signal or signals.SIGINT
             done = len(result.metrics)
             line = f"stopped by {signals.Signals(number).name} after step {done} of {len(the_plan)}"
-            raise Interrupted(line + (course.saved() if course else ""), signal_number=number) from stopped
+            begins = f"; {job.again} begins anew" if job.again else ""
+            raise Interrupted(line + (course.saved() if course else begins), signal_number=number) from stopped
         except Exception as error:  # nothing that was trained is lost, whatever it is
             saved = course.saved() if course and result.metrics else ""
             if isinstance(error, RunFailed):
