@@ -2,8 +2,9 @@
 
     python benchmarks/kill.py --kills 20
 
-The packaged film-review model trains on pairs made here, with a checkpoint every second step. Some kills wait for a moment: until
-a checkpoint is half written, or until the store of reference values is. Every run is a process of its own, `preftune train`.
+The packaged film-review model trains on pairs made here, with a checkpoint every second step. Some kills wait for a moment:
+until a checkpoint is half written, or until the store of reference values is. Every run is a process of its own, `preftune
+train`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from preftune.demo.experiment import model_folder
 
 MEASURED = {"pairs_per_s", "tokens_per_s", "memory_gb"}
 STEPS = 12
+WORDS = "the a film story actor scene good bad long short dull warm sharp loud quiet old new plot ends begins"
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     rng = random.Random(seed)
-    words = [
+    words = WORDS.split()
         "the",
         "a",
         "film",
