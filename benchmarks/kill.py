@@ -34,27 +34,6 @@ WORDS = "the a film story actor scene good bad long short dull warm sharp loud q
 def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     rng = random.Random(seed)
     words = WORDS.split()
-        "the",
-        "a",
-        "film",
-        "story",
-        "actor",
-        "scene",
-        "good",
-        "bad",
-        "long",
-        "short",
-        "dull",
-        "warm",
-        "sharp",
-        "loud",
-        "quiet",
-        "old",
-        "new",
-        "plot",
-        "ends",
-        "begins",
-    ]
 
     def text(low: int, high: int) -> str:
         return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
