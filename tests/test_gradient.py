@@ -34,7 +34,7 @@ from preftune.scoring.scorer import Scorer
 from preftune.training import estimate, memory, precision
 from preftune.training.estimate import Estimate, kept_bytes, pass_tokens
 from preftune.training.gradient import Step, backward
-from preftune.training.method import Scored
+from preftune.training.method import ExampleScores
 from preftune.training.options import TrainOptions
 from preftune.training.precision import Weights
 from preftune.training.steps import Plan, begin, steps
@@ -47,7 +47,7 @@ class AgainstTheMean(Pairwise):
         super().__init__("dpo", losses.dpo, beta=beta)
         self.separable = False
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         assert scored.reference_logp is not None
         ratio = scored.policy_logp - scored.reference_logp
         margin = ratio[scored.index[:, 0]] - ratio[scored.index[:, 1]]

@@ -16,7 +16,7 @@ from preftune import methods, report
 from preftune.config import TrainKeys, dump
 from preftune.errors import Interrupted, RunFailed
 from preftune.runs import folder as files
-from preftune.runs.prepare import Rendered
+from preftune.runs.prepare import RenderedData
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ class Setup:
 
     model: Any
     tokenizer: Any
-    rendered: Rendered
+    rendered: RenderedData
     keys: TrainKeys
     references: References
     model_ref: str

@@ -100,7 +100,7 @@ def _counted(groups: Sequence[Group]) -> Reading:
 
 
 @dataclass
-class Rendered:
+class RenderedData:
     """Batches ready to be scored, with the rows that the method asks for besides, and the count of every row."""
 
     train: Batch
@@ -135,7 +135,7 @@ class _Part:
         return found
 
 
-def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long: TooLong, template: str | None) -> Rendered:
+def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long: TooLong, template: str | None) -> RenderedData:
     """Renders both parts and refuses what is left of too little, before a model is loaded."""
     train, held = (
         render(groups, tokenizer, max_length=max_length, too_long=too_long, template=template)
@@ -170,10 +170,10 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
         "eval": sizes[1],
     }
     again = partial(render, tokenizer=tokenizer, template=template)
-    return Rendered(method.rows(train, again), method.rows(held, again), summary)
+    return RenderedData(method.rows(train, again), method.rows(held, again), summary)
 
 
-def render_said(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) -> Rendered:
+def render_said(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) -> RenderedData:
     """`render_data` by the keys of a run; what came of it is said."""
     too_long, template = keys.data.too_long, keys.data.template
     rendered = render_data(data, tokenizer, max_length=limit, too_long=too_long, template=template)

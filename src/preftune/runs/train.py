@@ -17,7 +17,7 @@ from preftune.models.inspect import check_adapter_of, check_vocabulary, facts, r
 from preftune.runs import folder as files
 from preftune.runs import preview
 from preftune.runs.conduct import References, Setup, conduct, is_kept, resolved
-from preftune.runs.prepare import Data, Rendered, read_data, render_said
+from preftune.runs.prepare import Data, RenderedData, read_data, render_said
 from preftune.runs.resume import check_files
 from preftune.scoring.place import check_place
 from preftune.training import trackers
@@ -84,7 +84,7 @@ def _models(keys: TrainKeys) -> _Models:
 # from here on torch and transformers are needed
 
 
-def _rendered(keys: TrainKeys, found: _Models, data: Data) -> tuple[Any, Rendered, int | None]:
+def _rendered(keys: TrainKeys, found: _Models, data: Data) -> tuple[Any, RenderedData, int | None]:
     """(tokenizer, tokens of all rows, the longest that a row may be)"""
     from preftune.models.load import check_same_vocabulary, load_tokenizer, longest, positions_of
     from preftune.models.size import check_layers
@@ -101,7 +101,7 @@ def _rendered(keys: TrainKeys, found: _Models, data: Data) -> tuple[Any, Rendere
     return tokenizer, render_said(data, tokenizer, keys, limit), limit
 
 
-def _checkpoint(run: Path, keys: TrainKeys, rendered: Rendered) -> Path | None:
+def _checkpoint(run: Path, keys: TrainKeys, rendered: RenderedData) -> Path | None:
     """Where a run goes on: its newest checkpoint that is whole; None: it was stopped before the first.
 
     Raises:
@@ -124,7 +124,9 @@ def _checkpoint(run: Path, keys: TrainKeys, rendered: Rendered) -> Path | None:
     return found
 
 
-def _loaded(keys: TrainKeys, found: _Models, tokenizer: Any, rendered: Rendered, config: Path | None) -> tuple[Any, References]:
+def _loaded(
+    keys: TrainKeys, found: _Models, tokenizer: Any, rendered: RenderedData, config: Path | None
+) -> tuple[Any, References]:
     """The policy, and where its reference comes from. A reference model that is another one is loaded too, before a folder is
     made: it may not be loadable. With no value left to score it was, from the same files."""
     import torch
@@ -159,7 +161,7 @@ def _loaded(keys: TrainKeys, found: _Models, tokenizer: Any, rendered: Rendered,
     return model, References(_first_then(first, other) if other else None, again, store, identity, earlier, passing)
 
 
-def _has_all(stored: Stored, rendered: Rendered, keys: TrainKeys) -> bool:
+def _has_all(stored: Stored, rendered: RenderedData, keys: TrainKeys) -> bool:
     """Whether no reference value of a resolved run is left to be scored."""
     from preftune.evaluation.held_out import needed_rows
     from preftune.runs.job import plan_of, planned_rows
