@@ -28,6 +28,7 @@ STEPS = 6
 KINDS = {
     "full": ["train.eval_every=2"],
     "lora": ["adapter=lora", "adapter.dropout=0.3", "dtype=bfloat16", "train.eval_every=3"],
+    "checkpointed": ["train.checkpointing=true", "adapter=lora", "adapter.dropout=0.3"],
     "moving": ["reference.sync_steps=2", "reference.sync_alpha=0.5"],
 }
 

@@ -78,9 +78,7 @@ ELSEWHERE = {
 }
 
 LATER = (
-    "resume",
     "train.early_stop",
-    "train.checkpointing",
     "train.optimizer",
     "train.parallel",
     "train.deterministic",

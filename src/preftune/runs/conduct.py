@@ -114,7 +114,7 @@ def conduct(setup: Setup) -> Run:
         try:
             result = run(job, stop)
         finally:
-            job.model.eval()  # the adapter's dropout off again
+            job.model.eval()  # the adapter's dropout off again, and its checkpointing
         if out is not None:
             if job.keys.adapter.merge and is_adapter(result.model):
                 result.model = merged(result.model)
@@ -125,7 +125,7 @@ def conduct(setup: Setup) -> Run:
 
 def _job(setup: Setup) -> Job:
     """The model in its precision, with its adapter; the budget; the stores."""
-    from preftune.models.adapters import adapter_dropout_on
+    from preftune.models.adapters import adapter_dropout_on, checkpointing_on
     from preftune.runs.job import Job
     from preftune.runs.reference import OWN
     from preftune.scoring.scorer import require_sharing
@@ -142,8 +142,9 @@ def _job(setup: Setup) -> Job:
     stores = [Store(setup.out / "checkpoints" / OWN)] if setup.out else []
     stores += [references.store] if references.store else []
     identity = references.identity
+    model = adapter_dropout_on(model.eval())
     return Job(
-        model=adapter_dropout_on(model.eval()),
+        model=checkpointing_on(model) if keys.train.checkpointing else model,
         tokenizer=setup.tokenizer,
         train=setup.rendered.train,
         held=setup.rendered.held,
@@ -193,7 +194,7 @@ def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: in
     free = free_bytes(model.device)
     best = bool(keys.train.eval_every) and keys.train.keep_best
     reference, moving = methods.needs(keys.method).reference, bool(keys.reference.sync_steps)
-    found = Estimate.of(model, dtype, best=best, reference=reference, moving=moving)
+    found = Estimate.of(model, dtype, best=best, reference=reference, moving=moving, checkpointing=keys.train.checkpointing)
     if free is not None:
         free += sum(p.nbytes for p in model.parameters()) + passing  # they are there already
         if found.fixed_bytes > free:

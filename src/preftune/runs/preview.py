@@ -79,7 +79,9 @@ def _estimate(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
     try:
         needs, moving = methods.needs(keys.method), bool(keys.reference.sync_steps)
         model = structure(keys.model, keys.adapter, scalar=needs.scalar, trust_remote_code=keys.trust_remote_code)
-        return Estimate.of(model, dtype, best=best, reference=needs.reference, moving=moving)
+        return Estimate.of(
+            model, dtype, best=best, reference=needs.reference, moving=moving, checkpointing=keys.train.checkpointing
+        )
     except Refusal:
         raise
     except Exception as error:  # a model's own code, which a run gives its weights; the rest of the plan holds

@@ -29,6 +29,10 @@ class TrainOptions(BaseModel):
         default=None,
         description="Most distinct tokens of one pass; changes memory and speed, never the result. Default: by free memory.",
     )
+    checkpointing: bool = Field(
+        default=False,
+        description="Activations of a layer are computed again in the backward pass instead of kept: less memory, more time.",
+    )
     sharing: Sharing = Field(
         default="auto",
         description="auto: answers share their prompt where the model can; require: refused where not; off.",
