@@ -60,5 +60,5 @@ def test_it_takes_less_memory_and_more_time() -> None:
 def test_a_model_that_cannot_is_refused() -> None:
     model = tiny.model()
     model.supports_gradient_checkpointing = False
-    with pytest.raises(Refusal, match="train.checkpointing"):
+    with pytest.raises(Refusal, match=r"train\.checkpointing"):
         checkpointing_on(model)

@@ -189,7 +189,7 @@ def adapter_dropout_on(model: Any) -> Any:
 
 
 def checkpointing_on(model: Any) -> Any:
-    """In a model in evaluation mode, activation checkpointing of its layers (Chen et al. 2016, arXiv 1604.06174), and no dropout.
+    """In a model in evaluation mode, activation checkpointing of its layers (Chen et al. 2016, arXiv 1604.06174) alone.
 
     Raises:
         Refusal: a model whose layers cannot.
