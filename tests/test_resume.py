@@ -180,6 +180,28 @@ def test_a_run_may_go_on_for_longer(whole: Callable[[str], Path], tmp_path: Path
         go_on(out, "steps=7")
 
 
+def test_it_ends_early_once_the_held_out_loss_does_not_fall(tmp_path: Path, place: Path, caplog: Any) -> None:
+    """A learning rate that is far too high; killed on the way, it ends at the same step."""
+    said = [
+        "model=m",
+        "data=pairs.jsonl",
+        "batch_size=4",
+        "steps=12",
+        "learning_rate=0.5",
+        "train.save_every=1",
+        "dtype=float32",
+    ]
+    said += ["train.eval_every=1", "train.early_stop=2", "train.schedule=constant"]
+    with caplog.at_level("INFO", "preftune"):
+        result = train(resolve(TrainKeys, [*said, f"out={tmp_path / 'whole'}"]))
+    assert result.kept_step + 2 == len(lines(tmp_path / "whole")) < 12 and "train.early_stop: ended after step" in caplog.text
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(resolve(TrainKeys, [*said, f"out={out}"]), progress=at("kl", 1))
+    go_on(out)
+    assert same(out, tmp_path / "whole")
+
+
 # -- checkpoints that are not whole -------------------------------------------------------------------------------------------
 
 
@@ -231,7 +253,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(whole: Callable[[str], Path],
 def test_the_best_of_a_checkpoint_is_that_of_its_step(whole: Callable[[str], Path]) -> None:
     """A later best evaluation replaces the file beside the checkpoints, and not what they hold of it."""
     found = [checkpoint.facts_of(folder)["best"] for folder in sorted((whole("full") / "checkpoints").glob("step-*"))]
-    assert [step for step, _ in found] == [4, 6]
+    assert [step for step, *_ in found] == [4, 6]
     kept = [load_file(p) for p in sorted((whole("full") / "checkpoints").glob("step-*/best.safetensors"))]
     states = [load_file(p) for p in sorted((whole("full") / "checkpoints").glob("step-*/state.safetensors"))]
     for best, state in zip(kept, states, strict=True):

@@ -233,6 +233,8 @@ def _consistent(run: Keys) -> Keys:
         check_beta(run.method, run.beta)
     if isinstance(run, TrainKeys):
         check_moving(run.reference, run.method)
+        if run.train.early_stop and not run.train.eval_every:
+            raise Refusal("looks at evaluations: give train.eval_every too", code="unused_key", key="train.early_stop")
     if isinstance(run, GenerateKeys) and run.beams > 1:
         for name in _changed(run, "temperature", "top_k", "top_p"):
             line = f"beam search does not sample: leave {name} away, or beams=1"

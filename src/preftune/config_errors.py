@@ -78,7 +78,6 @@ ELSEWHERE = {
 }
 
 LATER = (
-    "train.early_stop",
     "train.optimizer",
     "train.parallel",
     "train.deterministic",

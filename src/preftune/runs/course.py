@@ -50,6 +50,9 @@ class Course:
             if earlier is not None and self.pending is not None:  # stopped within its evaluation
                 training.restore_weights(earlier)
                 self._evaluated(self.pending)
+            if earlier is not None and self._enough():
+                training.restore_weights(earlier)
+                return
             del earlier  # the steps alone hold it, until they have taken it up
             for line in taking:
                 self._evaluated(line)
@@ -58,6 +61,12 @@ class Course:
                     self._save()
                     last = time.monotonic()
                 stop_here(self.stop)
+                if self._enough():
+                    waited = (
+                        f"no lower held-out loss in {self.best.waited} evaluations, the best was at step {self.best.step:,}"
+                    )
+                    log.info(f"train.early_stop: ended after step {line['step']:,}: {waited}")
+                    return
 
     def measured(self) -> dict[str, Any]:
         """The held-out figures of the weights as they are."""
@@ -94,6 +103,10 @@ class Course:
         every = self.job.keys.train.eval_every
         return bool(every) and (number % every == 0 or number == len(self.the_plan))
 
+    def _enough(self) -> bool:
+        patience = self.job.keys.train.early_stop
+        return patience is not None and self.best.waited >= patience
+
     def _due(self, number: int, last: float) -> bool:
         if self.job.out is None:
             return False
@@ -105,7 +118,7 @@ class Course:
         if job.out is None:
             return None
         place = job.out / "checkpoints"
-        facts = training.facts() | {"pending": self.pending, "best": [best.step, best.loss] if best.step else None}
+        facts = training.facts() | {"pending": self.pending, "best": [best.step, best.loss, best.waited] if best.step else None}
         return checkpoint.tried(
             f"the checkpoint of step {training.step:,}",
             place,
@@ -126,7 +139,7 @@ class Course:
         saved = checkpoint.load(job.resume)
         step = saved.facts["step"]
         if saved.facts["best"]:
-            self.best.take_up(*saved.facts["best"], job.resume / BEST)
+            self.best.take_up(job.resume / BEST, *saved.facts["best"])
         self.pending = saved.facts["pending"]
         self.result.metrics += self.sink.lines
         if self.pending is not None:
@@ -136,16 +149,23 @@ class Course:
 
 
 class Best:
-    """The weights with the lowest held-out loss, in memory, and in checkpoints/ as a model and in float32."""
+    """The weights with the lowest held-out loss, in memory, and in checkpoints/ as a model and in float32.
+
+    waited: evaluations since then.
+    """
 
     def __init__(self, weights: Weights, job: Job) -> None:
         self.weights, self.job = weights, job
-        self.loss, self.step, self.kept, self.restored = float("inf"), 0, list[Tensor](), False
+        self.loss, self.step, self.waited = float("inf"), 0, 0
+        self.kept, self.restored = list[Tensor](), False
 
     def offer(self, step: int, loss: float | None) -> None:
-        if not self.job.keys.train.keep_best or loss is None or not loss < self.loss:
+        if loss is None or not loss < self.loss:
+            self.waited += 1
             return
-        self.loss, self.step = loss, step
+        self.loss, self.step, self.waited = loss, step, 0
+        if not self.job.keys.train.keep_best:
+            return
         self.kept = [m.detach().clone() for m in self.weights.masters]
         if self.job.out:
             place = self.job.out / "checkpoints"
@@ -155,12 +175,14 @@ class Best:
         save_model(self.weights.compute, self.job.tokenizer, place / "best")
         checkpoint.write_tensors(place / BEST, dict(zip(self.weights.names, self.kept, strict=True)))
 
-    def take_up(self, step: int, loss: float, path: Path) -> None:
+    def take_up(self, path: Path, step: int, loss: float, waited: int) -> None:
         """What a run that stopped had kept, at its checkpoint; later it may have kept something else."""
+        self.step, self.loss, self.waited = step, loss, waited
+        if not path.is_file():  # train.keep_best=false
+            return
         assert self.job.out is not None
         found = load_file(path)
         checkpoint.write_tensors(self.job.out / "checkpoints" / BEST, found)
-        self.step, self.loss = step, loss
         self.kept = [found[name].to(m.device) for name, m in zip(self.weights.names, self.weights.masters, strict=True)]
 
     def restore(self) -> int | None:

@@ -20,6 +20,10 @@ class TrainOptions(BaseModel):
     keep_best: bool = Field(
         default=True, description="With eval_every: model/ holds the weights with the lowest held-out loss, not the last ones."
     )
+    early_stop: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Evaluations in a row without a lower held-out loss after which training ends; needs eval_every.",
+    )
     save_every: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="Optimizer steps between checkpoints; absent: one every 30 minutes; 0: only when the run is stopped.",
