@@ -62,10 +62,8 @@ class Course:
                     last = time.monotonic()
                 stop_here(self.stop)
                 if self._enough():
-                    waited = (
-                        f"no lower held-out loss in {self.best.waited} evaluations, the best was at step {self.best.step:,}"
-                    )
-                    log.info(f"train.early_stop: ended after step {line['step']:,}: {waited}")
+                    why = f"no evaluation since step {self.best.step:,} had a lower held-out loss"
+                    log.info(f"train.early_stop: ended after step {line['step']:,}: {why}")
                     return
 
     def measured(self) -> dict[str, Any]:

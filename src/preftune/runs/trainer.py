@@ -67,7 +67,7 @@ def run(job: Job, stop: Stop) -> Run:
             sink = taken.enter_context(open_metrics(job.out, job.keys.train.trackers, after=_measured_until(job)))
             course = Course(job, weights, the_plan, held, stop, result, sink)
             course.go(reference)
-            result.kept_step = course.best.restore() or len(the_plan)
+            result.kept_step = course.best.restore() or result.metrics[-1]["step"]
             result.after = course.measured()
             later = answers(job, weights, prompts, stop)
             result.after |= kl(job, weights, later, stop)

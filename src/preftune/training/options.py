@@ -22,7 +22,7 @@ class TrainOptions(BaseModel):
     )
     early_stop: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="Evaluations in a row without a lower held-out loss after which training ends; needs eval_every.",
+        description="Evaluations in a row without a lower held-out loss after which training ends; with eval_every.",
     )
     save_every: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
