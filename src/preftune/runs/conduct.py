@@ -101,6 +101,7 @@ def conduct(setup: Setup) -> Run:
     """
     from preftune.models.adapters import is_adapter, merged
     from preftune.models.load import save_model
+    from preftune.models.low_rank import fused
     from preftune.runs.reference import OWN
     from preftune.runs.trainer import run
 
@@ -112,7 +113,8 @@ def conduct(setup: Setup) -> Run:
             (out / "checkpoints").mkdir()
             shutil.copyfile(earlier, out / "checkpoints" / OWN)
         try:
-            result = run(job, stop)
+            with fused(job.model):
+                result = run(job, stop)
         finally:
             job.model.eval()  # the adapter's dropout off again, and its checkpointing
         if out is not None:
