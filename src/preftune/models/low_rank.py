@@ -30,10 +30,10 @@ class _Sum(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         rows, low, weight, a, b = ctx.saved_tensors
         of_x, _, _, of_a, of_b, _ = ctx.needs_input_grad
-        gradient = gradient.reshape(-1, gradient.shape[-1])
+        gradient = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         inner = (gradient @ b) * ctx.scaling
         return (
             (gradient @ weight).addmm_(inner, a).view(ctx.shape) if of_x else None,
@@ -61,7 +61,8 @@ def _only_update(layer: Any, dtype: torch.dtype) -> str | None:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] in layer.lora_variant:
         return None
-    base, dropout, b = layer.base_layer, layer.lora_dropout[active[0]], layer.lora_B[active[0]]
+    base: Any = layer.base_layer
+    dropout, b = layer.lora_dropout[active[0]], layer.lora_B[active[0]]
     plain = type(base) is nn.Linear and not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
     falls = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     same = all(t.dtype == dtype for t in (base.weight, layer.lora_A[active[0]].weight, b.weight))

@@ -40,7 +40,8 @@ def answers(job: Job, weights: Weights, prompts: Prompts, stop: Stop) -> list[Sa
 
 def sample_of(said: dict[str, Any]) -> Sample:
     """A sample from its form in JSON."""
-    return Sample(**{**said, "prompt_ids": tuple(said["prompt_ids"]), "ids": tuple(said["ids"])})
+    tokens: dict[str, Any] = {name: tuple(said[name]) for name in ("prompt_ids", "ids")}
+    return Sample(**(said | tokens))
 
 
 def side_by_side(job: Job, prompts: Prompts, before: list[Sample], after: list[Sample]) -> list[dict[str, Any]]:
