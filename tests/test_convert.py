@@ -160,12 +160,7 @@ def test_read_write_read_is_the_identity(tmp_path: Path, to: str, kind: str, end
         ties = Counter({key: n for key, n in expected.items() if key[3][2] == 0.5})
         expected -= ties
         assert conversion.lost["ties"] == ties.total()
-    if kind == "demonstration":  # each answer is shown once
-        assert conversion.lost["judgements of an answer that is shown already"] == expected.total() - judgements(after).total()
-        expected = Counter({key: n for key, n in expected.items() if key in judgements(after)})
-        assert len({key[:4] for key in expected}) == len({key[:4] for key in judgements(before)})
-    else:
-        assert not conversion.lost.keys() - {"ties"}
+    assert not conversion.lost.keys() - {"ties"}
     assert judgements(after) == expected
 
 
@@ -194,12 +189,12 @@ def shared(name: str) -> str:
 REAL = [
     ("hh_harmless/harmless-base-test.jsonl.gz", None, ("hh", "pairs", "ranking"), 2303),
     ("hh_harmless/harmless-base-test.jsonl.gz", "hh_messages",
-     ("pairs", "pairs_messages", "openrlhf", "swift_pairs", "llamafactory_pairs", "alpaca_pairs", "ultrafeedback_binarized"),
-     2303),
+     ("pairs", "pairs_messages", "openrlhf", "swift_pairs", "llamafactory_pairs", "ultrafeedback_binarized"), 2303),
+    ("hh_harmless/harmless-base-test.jsonl.gz", "hh_messages", ("alpaca_pairs",), 2299),  # in four, one side speaks twice
     ("llamafactory_demo/dpo_en_demo.json", None, ("llamafactory_pairs", "pairs", "openrlhf", "swift_pairs", "ranking"), 300),
     ("llamafactory_demo/v1_dpo_demo.jsonl", None, ("pairs_messages", "llamafactory_pairs"), 10),
     ("llamafactory_demo/kto_en_demo.json", None, ("ratings", "llamafactory_ratings", "swift_ratings"), 300),
-    ("llamafactory_demo/alpaca_en_demo.json", None, ("alpaca", "sharegpt", "conversations", "demonstrations"), 998),
+    ("llamafactory_demo/alpaca_en_demo.json", None, ("alpaca", "sharegpt", "conversations", "demonstrations"), 999),
     ("pandalm/testset-v1.json", None, ("ranking",), 2817),
     ("llmbar/LLMBar_Natural.json", None, ("pairs", "ranking"), 100),
 ]  # fmt: skip
@@ -269,7 +264,7 @@ LOST = [
     ([PAIR], "hh", {}, 0, {"prompts that are no HH dialogues": 1}, {}),
     ([CHAT], "llamafactory_pairs", {}, 0, {"messages with tool_calls": 1}, {}),
     ([CHAT], "swift_pairs", {}, 1, {}, {}),
-    ([{**CHAT, "chosen": "x\n\nHuman: z"}], "hh", {}, 0, {"turns that an HH dialogue would cut elsewhere": 1}, {}),
+    ([{**CHAT, "chosen": "x\n\nAssistant: z"}], "hh", {}, 0, {"turns that an HH dialogue would cut elsewhere": 1}, {}),
     ([{"prompt": "q", "completion": "x", "label": True}], "pairs", {}, 0, {"ratings": 1}, {}),
     ([{"prompt": "q", "completion": "x", "label": False}], "demonstrations", {}, 0, {"undesirable answers": 1}, {}),
     ([{"prompt": "q", "completion": "x"}], "ratings", {}, 0, {"demonstrations": 1}, {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import subprocess
@@ -307,6 +308,19 @@ def test_read_logs_drops_once_and_refuses_what_is_mostly_bad(caplog: pytest.LogC
     ]
     with pytest.raises(Refusal, match="2 of 3 rows"):
         read([PAIR, {}, {"prompt": "q"}])
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_collector_is_put_back_as_it_was(on: bool) -> None:
+    try:
+        gc.enable() if on else gc.disable()
+        read([PAIR])
+        assert gc.isenabled() == on
+        with pytest.raises(Refusal):
+            read([{"a": 1}])
+        assert gc.isenabled() == on
+    finally:
+        gc.enable()
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -109,17 +109,14 @@ class Conversion:
                 self.lost["ties" if isinstance(mark, Comparison) else _NAMES[type(mark)]] += 1
 
     def _shown(self, marks: Sequence[Mark]) -> Iterator[Mark]:
-        """Answers to imitate, each once: demonstrations, winners of comparisons and rankings, answers rated desirable."""
+        """Answers to imitate: demonstrations, and each once the winners of comparisons and rankings, and what is desirable."""
         shown: set[int] = set()
         for mark in marks:
             if isinstance(mark, Demonstration):
-                best = [mark.response]
-            elif isinstance(mark, Rating):
-                best = [mark.response] if mark.desirable else []
-            elif isinstance(mark, Ranking):
-                best = [*mark.tiers[0]]
-            else:
-                best = [mark.ordered[0]] if mark.preference != 0.5 else []
+                shown.add(mark.response)
+                yield mark
+                continue
+            best = _best(mark)
             if not best:
                 self.lost["undesirable answers" if isinstance(mark, Rating) else "ties"] += 1
             for index in best:
@@ -127,10 +124,18 @@ class Conversion:
                     self.lost["judgements of an answer that is shown already"] += 1
                     continue
                 shown.add(index)
-                if not isinstance(mark, Demonstration):
-                    self.changed[f"{_NAMES[type(mark)]} to demonstrations"] += 1
+                self.changed[f"{_NAMES[type(mark)]} to demonstrations"] += 1
                 by = replace(mark.by, side="", strength=None) if mark.by else None
                 yield Demonstration(index, mark.weight, by)
+
+
+def _best(mark: Comparison | Ranking | Rating) -> Sequence[int]:
+    """The answers that a judgement is for."""
+    if isinstance(mark, Ranking):
+        return mark.tiers[0]
+    if isinstance(mark, Rating):
+        return (mark.response,) if mark.desirable else ()
+    return (mark.ordered[0],) if mark.preference != 0.5 else ()
 
 
 def _better_first(pair: Comparison) -> Comparison:

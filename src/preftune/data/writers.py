@@ -70,7 +70,7 @@ def _array(out: TextIO, path: Path, rows: Iterable[Row]) -> None:
 def _csv(out: TextIO, path: Path, rows: Iterable[Row], delimiter: str = ",") -> None:
     held = list(rows)
     names = list(dict.fromkeys(name for row in held for name in row))
-    writer = csv.writer(out, delimiter=delimiter, lineterminator="\n")
+    writer = csv.writer(out, delimiter=delimiter, lineterminator="\r\n")  # of what ends a line, fields with a part are quoted
     writer.writerow(names)
     for row in held:
         if column := next((name for name, value in row.items() if is_list(value) or is_object(value)), None):

@@ -21,7 +21,7 @@ FORMATS = {format.name: format for format in (*PAIRS, *RANKED, *BATTLES, *LABELL
 # read along with the columns of a format, where they are there
 OPTIONAL = (
     "system", "tools", "input", "history", "context", "weight", "preference", *NOTES, "id", "turn", "judge", "tstamp",
-    "response_a", "response_b", "kto_tag", "subset",
+    "response_a", "response_b",
 )  # fmt: skip
 COLUMNS = {c for f in FORMATS.values() for need in f.needs for c in ([need] if isinstance(need, str) else need)} | {*OPTIONAL}
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")

@@ -87,7 +87,7 @@ def _alpaca_eval(row: Row) -> Example:
     who = as_text(row.get("annotator"))
     by = By(who, kind="" if not who or who.isdigit() else "model", time=as_text(row.get("date")))
     verdict = (2 - read if read else TIE), by if by != By() else None
-    return judged({**row, "preference": None}, alpaca_prompt(row), ("output_1", "output_2"), [verdict])
+    return judged(row, alpaca_prompt(row), ("output_1", "output_2"), [verdict])
 
 
 def _llmbar(row: Row) -> Example:

@@ -224,12 +224,13 @@ def _distinct(answers: Sequence[Answer]) -> tuple[list[Answer], dict[int, int], 
     """(different answers, the place of each answer among them, what was left out)."""
     kept: list[Answer] = []
     place: dict[int, int] = {}
+    known: dict[str, int] = {}
     notes: list[RowFault] = []
     for n, (said, column) in enumerate(answers):
         if is_blank(said):
             notes.append(RowFault("empty_answer", "the answer is blank: the row is read without it", column))
             continue
-        place[n] = next((m for m, (other, _) in enumerate(kept) if other == said), len(kept))
+        place[n] = known.setdefault(said if isinstance(said, str) else repr(said), len(kept))
         if place[n] < len(kept):
             what = f"is the same as {kept[place[n]][1]}: taken once, with the mean of their scores or ranks"
             notes.append(RowFault("identical_answers", what, column))
