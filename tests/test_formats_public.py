@@ -219,6 +219,8 @@ LABELLED: list[tuple[str, dict[str, Any], list[tuple[float, By | None]]]] = [
     ("argilla", {**RECORD, "better.responses": [["response_2", "response_1"]], "better.responses.users": ["u1"]},
      [(0.0, By("u1", "person"))]),
     ("argilla", {**RECORD, "better.responses.status": ["discarded", "draft"]}, [(0.0, MODEL)]),
+    ("argilla", {"quality.responses": [2], "note.responses": ["[sic"], "quality.responses.users": ["u1"], **RECORD},
+     [(1.0, By("u1", "person")), (0.5, By("u2", "person"))]),
     ("argilla_json", NESTED, [(1.0, By("u1", "person")), (0.0, By("u3", "person"))]),
     ("label_studio", TASK, [(0.0, By("ann@lab", "person", "2024-05-01T10:00:00Z", "a"))]),
     ("votes", {"item": "i", "annotator": "w1", "choice": "B", "prompt": "q", "response_a": "x", "response_b": "y",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from preftune.data.dialogue import content, is_list, is_object
 from preftune.data.faults import RowFault
 from preftune.data.formats.battles import CHOICES, TIE, chosen, why
-from preftune.data.formats.columns import Row, as_number, as_text, asked, by_of, objects, unpacked, value, weight_of, with_input
+from preftune.data.formats.columns import Row, as_number, as_text, asked, by_of, objects, value, weight_of, with_input
 from preftune.data.formats.example import Answer, Example, Format, Vote, judged, several
 from preftune.records import By, Comparison, Content, Message
 
@@ -33,7 +33,7 @@ def siblings(fields: Row) -> list[str]:
         stem = re.fullmatch(r"(.+?)[\W_]*(\d+|[a-zA-Z])", name)
         if stem and (isinstance(held, str) or is_list(held)) and (name[-1].isdigit() or not name[-2].isalnum()):
             alike.setdefault(stem[1].lower(), []).append(name)
-    return sorted(max(alike.values(), key=len, default=[]))
+    return max(alike.values(), key=len, default=[])
 
 
 def _prompt(fields: Row) -> Content:
@@ -50,9 +50,8 @@ def _prompt(fields: Row) -> Content:
 def _judgements(row: Row, fields: Row, names: Sequence[str], responses: Sequence[Response]) -> Example:
     """The answers in these fields, and the responses to the first question that names them."""
     if len(names) < 2:
-        raise RowFault(
-            "missing_column", "no two fields hold answers, such as response_1 and response_2: name them with columns="
-        )
+        what = "no two fields hold answers, such as response_1 and response_2: name them with columns="
+        raise RowFault("missing_column", what)
     answers: list[Answer] = [(content(value(fields, name), name), name) for name in names]
     votes: list[Vote] = []
     question = ""
@@ -68,9 +67,7 @@ def _judgements(row: Row, fields: Row, names: Sequence[str], responses: Sequence
 def _votes(response: Response, names: Sequence[str]) -> list[Vote]:
     """Empty where the value speaks of something else than these answers."""
     places = _places(names)
-    held: Any = (
-        unpacked(response.value, "") if isinstance(response.value, str) and response.value[:1] in "[{" else response.value
-    )
+    held = response.value
     if is_object(held) and is_list(held.get("rank")) and is_list(held.get("value")):
         held = [{"rank": r, "value": v} for r, v in zip(held["rank"], held["value"], strict=False)]
     if is_list(held):  # a ranking: objects with ranks, or names, best first
@@ -78,7 +75,7 @@ def _votes(response: Response, names: Sequence[str]) -> list[Vote]:
         if len(named) < 2 or not all(_plain(name) in places for name, _ in named):
             return []
         return [Vote({places[_plain(name)]: -as_number(rank, response.question) for name, rank in named}, response.by)]
-    word = _plain(held)
+    word = _plain(held) if isinstance(held, str) else ""  # a number is a rating, not the answer with that number
     if word in places:
         others = [n for n in range(len(names)) if n != places[word]]
         return [Vote({places[word]: 1.0, other: 0.0}, response.by, 1 / len(others)) for other in others]
@@ -89,7 +86,7 @@ def _votes(response: Response, names: Sequence[str]) -> list[Vote]:
 
 def _places(names: Sequence[str]) -> dict[str, int]:
     """`response_2`, `response 2`, `Response-2` and `2` all stand for the same."""
-    ends = {_plain(re.findall(r"\d+$|[a-zA-Z]$", name)[0]): n for n, name in enumerate(names) if re.search(r"\w$", name)}
+    ends = {end[0].lower(): n for n, name in enumerate(names) if (end := re.search(r"(\d+|[a-zA-Z])$", name))}
     return ends | {_plain(name): n for n, name in enumerate(names)}
 
 

@@ -69,19 +69,19 @@ def entries(row: Row, column: str, said: str) -> list[tuple[Answer, dict[str, An
 
 
 def _ultrafeedback(row: Row, scores: tuple[str, ...]) -> Example:
-    """Answers that no judge has given a number are left out."""
-    found: list[tuple[Answer, float]] = []
-    notes: list[RowFault] = []
-    for (said, place), entry in entries(row, "completions", "response"):
-        score = next((s for key in scores if (s := _rating(entry, key)) is not None), None)
-        if score is None:
-            notes.append(RowFault("no_judgement", "the answer has no rating: the row is read without it", place))
-        else:
-            found.append(((said, place), score))
-    if len(found) < 2:
+    """Ranked by the first of these numbers that two answers have; an answer without it is left out."""
+    held = entries(row, "completions", "response")
+    for key in scores:
+        rated = [(answer, score) for answer, entry in held if (score := _rating(entry, key)) is not None]
+        if len(rated) > 1:
+            break
+    else:
         raise RowFault("no_judgement", "fewer than two answers with a rating: nothing to compare", "completions")
-    example = ranked(row, asked(row, "instruction"), *_columns(found), by=MODEL)
-    example.notes = [*notes, *example.notes]
+    answers = [answer for answer, _ in rated]
+    example = ranked(row, asked(row, "instruction"), answers, [score for _, score in rated], MODEL)
+    left_out = [place for (said, place), _ in held if (said, place) not in answers]
+    why = "the answer has no rating: the row is read without it"
+    example.notes = [*(RowFault("no_judgement", why, place) for place in left_out), *example.notes]
     return example
 
 
@@ -93,10 +93,6 @@ def _rating(entry: dict[str, Any], key: str) -> float | None:
     aspects = [aspect.get("Rating") for aspect in held.values() if is_object(aspect)] if is_object(held) else []
     ratings = [rating for aspect in aspects if (rating := measured(aspect)) is not None]
     return fmean(ratings) if ratings else None
-
-
-def _columns(found: Sequence[tuple[Answer, float]]) -> tuple[list[Answer], list[float]]:
-    return [answer for answer, _ in found], [score for _, score in found]
 
 
 def _dialogue(row: Row) -> Turns:
