@@ -281,7 +281,10 @@ def hh_text(piece: Piece) -> Piece:
             raise Unheld(f"{message.role} turns")
         said.append(f"{heads[message.role]} {_bare(message).content}")
     text = replace(piece, prompt="".join(said) + ASSISTANT, answers=tuple(f" {words(answer)}" for answer in piece.answers))
-    back = understand(FORMATS["hh_messages"], _hh(text))
-    if back.prompt != piece.prompt or tuple(content for content, _ in back.answers) != piece.answers:
+    try:
+        back = understand(FORMATS["hh_messages"], _hh(text))
+    except RowFault:
+        back = None
+    if back is None or (back.prompt, tuple(said for said, _ in back.answers)) != (piece.prompt, piece.answers):
         raise Unheld("turns that an HH dialogue would cut elsewhere")
     return text
