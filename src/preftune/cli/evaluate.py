@@ -60,6 +60,8 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
     from preftune.evaluation.evaluate import evaluate
     from preftune.models.reward import load_either
 
+    asked = methods.choose(keys.method, data.batch.groups)
+    beta = methods.beta_said(asked, keys.beta)
     models = data.models(load=load_either)
 
     with Watch() as watch:
@@ -68,8 +70,8 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
             data.tokenizer,
             data.batch,
             reference=models[1],
-            method=keys.method,
-            beta=keys.beta,
+            method=asked,
+            beta=beta,
             template=keys.data.template,
             kl_samples=keys.kl_samples,
             max_new_tokens=keys.max_new_tokens,
