@@ -60,8 +60,7 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
     from preftune.evaluation.evaluate import evaluate
     from preftune.models.reward import load_either
 
-    asked = methods.choose(keys.method, data.batch.groups)
-    beta = methods.beta_said(asked, keys.beta)
+    beta = keys.beta and methods.beta_said(methods.choose(keys.method, data.batch.groups), keys.beta)
     models = data.models(load=load_either)
 
     with Watch() as watch:
@@ -70,7 +69,7 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
             data.tokenizer,
             data.batch,
             reference=models[1],
-            method=asked,
+            method=keys.method,
             beta=beta,
             template=keys.data.template,
             kl_samples=keys.kl_samples,
