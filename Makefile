@@ -25,7 +25,7 @@ test: $(READY)    ## lint, types and tests, as CI runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 proof: $(READY)   ## the paper's experiments, redone: figures and pictures into docs/proofs
 	set -e; for script in proofs/[a-z]*_*.py; do $(BIN)/python $$script; done

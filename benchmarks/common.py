@@ -79,7 +79,7 @@ def environment(trl: str | None = None) -> dict[str, Any]:
 
 def write(words: argparse.Namespace, name: str, result: Mapping[str, Any], trl: str | None = None) -> None:
     """NAME.json: the settings that are no paths, the result, machine and versions."""
-    settings = {key: value for key, value in vars(words).items() if key not in ("out", "work", "hh", "trl")}
+    settings = {key: value for key, value in vars(words).items() if not isinstance(value, Path) and key != "trl"}
     words.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"settings": settings, **result, **environment(trl)}, indent=1)
     (words.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")

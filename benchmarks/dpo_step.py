@@ -20,14 +20,13 @@ from typing import Any
 import common
 import rows
 
-STEPS = rows.STEPS + rows.WARM
 Arm = dict[str, Any]
 
 
 def search(words: argparse.Namespace, folder: Path, batch: int) -> list[Arm]:
     """TRL's arms over the grid; one that fails, by lack of memory for example, stays in it with the reason."""
     sizes = words.sizes or range(batch, 0, -1)
-    steps = rows.SEARCH + rows.WARM
+    steps = min(rows.SEARCH, words.steps) + rows.WARM
     return [
         common.run_arm(
             "sides:trl",
@@ -44,16 +43,17 @@ def search(words: argparse.Namespace, folder: Path, batch: int) -> list[Arm]:
 def rivals(words: argparse.Namespace, grid: list[Arm], batch: int) -> dict[str, dict[str, Any]]:
     """What preftune is compared with, by name: the settings of each. TRL's whole padded batch is there if the search could run
     it, unless it is the best."""
+    steps = words.steps + rows.WARM
     if words.profile == "long":
-        return {"unshared": {"dtype": words.dtype, "tokens": words.tokens, "steps": STEPS, "share": False}}
+        return {"unshared": {"dtype": words.dtype, "tokens": words.tokens, "steps": steps, "share": False}}
     ran = [arm for arm in grid if "median" in arm]
     if not ran:
         sys.exit("TRL ran with none of the settings of the grid")
     best = min(ran, key=lambda arm: arm["median"])["how"]
-    found = {"TRL's best": {**best, "steps": STEPS}}
+    found = {"TRL's best": {**best, "steps": steps}}
     for how in (arm["how"] for arm in ran):
         if how["batch"] == batch and not how["checkpointing"] and how != best:
-            found["TRL padded"] = {**how, "steps": STEPS}
+            found["TRL padded"] = {**how, "steps": steps}
     return found
 
 
@@ -95,16 +95,17 @@ def main() -> None:
     parser.add_argument("--trl", default=sys.executable, help="python of an environment with TRL")
     parser.add_argument("--profile", default="hh", choices=("hh", "four", "summaries", "chat", "long"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=rows.STEPS, help="steps that are timed, after the first")
     parser.add_argument("--sizes", type=int, nargs="+", help="TRL's micro-batches that are tried; all divisors of the batch")
     parser.add_argument("--no-checkpointing", action="store_true", help="leave TRL's gradient checkpointing out of the search")
     words = parser.parse_args()
-    folder = common.prepared(words, words.profile)
+    folder = common.prepared(words, words.profile, words.steps + rows.WARM)
     batch = json.loads((folder / "settings.json").read_text())["batch"]
     grid = [] if words.profile == "long" else search(words, folder, batch)
     others = rivals(words, grid, batch)
     runs: dict[str, list[Arm]] = {name: [] for name in ("preftune", *others)}
     for _ in range(words.repeats):
-        how = {"dtype": words.dtype, "tokens": words.tokens, "steps": STEPS}
+        how = {"dtype": words.dtype, "tokens": words.tokens, "steps": words.steps + rows.WARM}
         runs["preftune"].append(common.run_arm("sides:preftune", folder, how))
         for name, how in others.items():
             trl = "tokens" not in how

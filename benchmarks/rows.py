@@ -65,7 +65,7 @@ def made_up(profile: str, count: int, vocabulary: list[str]) -> list[dict[str, s
 
 def prepare(folder: Path, profile: str, steps: int, dialogues: Path, shape: dict[str, Any]) -> None:
     """The model, the tokenizer, the settings and the rows of some steps of a profile, unless they are there."""
-    groups = {"four": 8, "long": 2}.get(profile, BATCH)  # four: 8 prompts of six pairs a step
+    groups = {"four": 8, "long": 1}.get(profile, BATCH)  # four: 8 prompts of six pairs a step
     settings = {"batch": groups * 6 if profile == "four" else groups, "profile": profile, "shape": shape}
     place = folder / "settings.json"
     if place.exists() and json.loads(place.read_text()) == settings:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_trie import ALONE, SHARING, build, one_by_one, rows, same_gradients
+from test_trie import ALONE, ROPES, SHARING, build, one_by_one, rows, same_gradients, short_and_long
 from torch import Tensor
 
 from preftune.data.render import Rendered
@@ -86,6 +86,14 @@ def test_so_it_is_with_a_prompt_copy_for_every_response(name: str, kind: str) ->
     model = adapted(build(name, ALONE[name][0] | heads), kind)
     assert not Scorer(model).shares
     check_exact(model, rows())
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_virtual_tokens_count_where_frequencies_follow_from_the_length(rope: str, kind: str, share: bool) -> None:
+    """Rows within the limit are beyond it with the virtual tokens before them."""
+    check_exact(adapted(build(*ROPES[rope]), kind), short_and_long(), share=share)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,6 +52,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_rows(here / "few.jsonl", PAIRS[:4])
     write_rows(here / "shown.jsonl", [{"prompt": p["prompt"], "completion": p["chosen"]} for p in PAIRS[:6]])
     write_rows(here / "prompts.jsonl", [{"prompt": p["prompt"]} for p in PAIRS[:3]])
+    sides = (("chosen", True), ("rejected", False))
+    rated = [{"prompt": p["prompt"], "completion": p[side], "label": label} for p in PAIRS for side, label in sides]
+    write_rows(here / "rated.jsonl", rated)
     (here / "my_scorer.py").write_text("def length(prompts, responses): return [float(len(r)) for r in responses]\n")
     before = os.getcwd()
     os.chdir(here)
@@ -123,6 +126,41 @@ def test_a_rerun_gives_the_same_numbers(preftune_: Any, no_report: None) -> None
     assert numbers("again/metrics.jsonl") == numbers("done/metrics.jsonl")
     assert lines("again/samples.jsonl") == lines("done/samples.jsonl")
     assert Path("again/evaluation.json").read_text() == Path("done/evaluation.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "written", "roles"),
+    [
+        (["data=rated.jsonl", "method.desirable_weight=1.2"],
+         ["beta: 0.1", "name: kto", "desirable_weight: 1.2", "undesirable_weight: 1.0", "learning_rate: 5e-06"],
+         ["desirable", "undesirable"]),
+        (["method=simpo"], ["beta: 2.0", "gamma: 1.0"], ["chosen", "rejected"]),
+        (["method.mix={dpo: 0.8, sft: 0.2}"], ["beta: 0.1", "name: null", "dpo: 0.8"], ["chosen", "rejected"]),
+        (["method=ld-dpo", "reference.sync_steps=1"], ["name: ld_dpo", "alpha: 0.5", "sync_steps: 1"], ["chosen", "rejected"]),
+        (["method=plackett_luce"], ["name: plackett_luce"], ["place 1", "place 2"]),
+        (["method=sft"], ["beta: null", "name: sft"], ["response"]),
+    ],
+    ids=lambda value: value[0],
+)  # fmt: skip
+def test_every_kind_of_method_from_words_to_its_rerun(
+    words: list[str], written: list[str], roles: list[str], preftune_: Any, no_report: None, tmp_path: Path
+) -> None:
+    words = [*TRAIN, *words]
+    plan = preftune_(*words, "dry_run=true", "--json", "--quiet").json
+    shown = {line.partition(":")[0].strip() for row in plan["rows"] for line in row.splitlines()[1:]}
+    assert shown <= set(roles) and shown and plan["memory_gb"] > 0
+    first, again = tmp_path / "first", tmp_path / "again"
+    answer = preftune_(*words, f"out={first}", "--json", "--quiet")
+    assert answer.code == 0 and answer.json["method"] == plan["method"], answer.err
+    config = (first / "config.yaml").read_text()
+    assert all(text in config for text in written), config
+    assert preftune_("train", str(first / "config.yaml"), f"out={again}", "--quiet").code == 0
+    assert numbers(again / "metrics.jsonl") == numbers(first / "metrics.jsonl")
+    assert (again / "config.yaml").read_text() == config.replace(str(first), str(again))
+    figures = preftune_("evaluate", str(first / "config.yaml"), f"model={first}", "reference=m", "kl_samples=0", "--json").json
+    assert figures["method"] == plan["method"] and figures["loss"] is not None
+    told = preftune_("doctor", str(first / "config.yaml"), "--json", "--quiet").json
+    assert (told["healthy"], told["method"]) == (True, plan["method"]) and told["run"]["tokens"] > 0
 
 
 def test_what_is_chosen_for_the_user_is_said(preftune_: Any, no_report: None) -> None:

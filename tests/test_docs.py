@@ -21,7 +21,8 @@ from preftune.cli.app import VERBS
 from preftune.config import VERB_KEYS, TrainKeys, all_keys, build, resolve
 from preftune.config_files import expand, merge, parse_word
 from preftune.data.faults import CODES
-from preftune.data.formats import FORMATS
+from preftune.data.formats import FORMATS, fitting, understand
+from preftune.data.targets import TARGETS
 from preftune.errors import Refusal
 from preftune.records import Ranking, Rating
 
@@ -157,8 +158,8 @@ def test_shell_lines_resolve(page: str, line: str, tmp_path: Path, monkeypatch: 
     for name, text in yaml_files().items():
         Path(name).write_text(text, encoding="utf-8")
     verb, words = check_words(line)
-    if verb in ("merge", "report"):
-        assert [w for w in words if "=" not in w], "a run has to be named"
+    if verb in ("merge", "report", "convert"):
+        assert [w for w in words if "=" not in w], "a run or a file has to be named"
         words = [w for w in words if "=" in w]
     if verb in VERB_KEYS:
         resolved(VERB_KEYS[verb], words)
@@ -336,14 +337,37 @@ def test_defaults_are_those_of_the_code() -> None:
 
 
 def test_formats_are_those_of_the_code() -> None:
-    written = [
-        (spans(r.cells["format"])[0], r.cells["columns"], r.cells["read as"]) for r in table("docs/data-formats.md", "columns")
+    written = [(spans(r.cells["format"])[0], r.cells["columns"], r.cells["read as"]) for r in table("docs/data.md", "columns")]
+    assert written == [(f.name, f.columns or "–", f.title) for f in FORMATS.values()]
+    targets = [
+        (spans(r.cells["`to`"])[0], r.cells["what it is"], spans(r.cells["read back as"])[0])
+        for r in table("docs/data.md", "`to`")
     ]
-    assert written == [(f.name, f.columns, f.title) for f in FORMATS.values()]
+    assert targets == [(t.name, t.title, t.reads_as) for t in TARGETS.values()]
+
+
+def example_rows() -> list[tuple[str, dict[str, Any]]]:
+    """(format, row) of the block that shows one row of each: a line with the name, then the row."""
+    (block,) = blocks("jsonl", [ROOT / "docs/data.md"])
+    lines = block.text.splitlines()
+    return [(name.removeprefix("# "), json.loads(row)) for name, row in zip(lines[::2], lines[1::2], strict=True)]
+
+
+def test_every_format_has_its_row() -> None:
+    assert [name for name, _ in example_rows()] == [*FORMATS]
+
+
+@pytest.mark.parametrize(("name", "row"), example_rows())
+def test_the_example_row_is_of_its_format(name: str, row: dict[str, Any]) -> None:
+    example = understand(FORMATS[name], row)
+    assert not example.notes
+    assert example.marks or FORMATS[name].kind == "prompts"
+    if FORMATS[name].automatic:
+        assert [format.name for format in fitting(row)] == [name]
 
 
 def test_reasons_for_drops_are_those_of_the_code() -> None:
-    written = {spans(row.cells["code"])[0] for row in table("docs/data-formats.md", "code")}
+    written = {spans(row.cells["code"])[0] for row in table("docs/data.md", "code")}
     render = (ROOT / "src/preftune/data/render.py").read_text(encoding="utf-8")
     of_render = {"template_error", "too_long", "identical_tokens"}
     assert all(f'"{code}"' in render for code in of_render)

@@ -93,7 +93,7 @@ def test_pairs(name: str, row: dict[str, Any], prompt: Any, answers: Any) -> Non
     example = taken(row)
     assert recognise(row) is FORMATS[name]
     assert (example.prompt, tuple(content for content, _ in example.answers)) == (prompt, answers)
-    assert example.mark == Comparison(0, 1)
+    assert [*example.marks] == [Comparison(0, 1)]
 
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
@@ -125,13 +125,13 @@ def test_singles(name: str, row: dict[str, Any], prompt: Any, answer: Any, label
     example = taken(row)
     assert recognise(row) is FORMATS[name]
     assert (example.prompt, example.answers[0][0], len(example.answers)) == (prompt, answer, 1)
-    assert example.mark == (Demonstration(0) if label is None else Rating(0, desirable=label))
+    assert [*example.marks] == [Demonstration(0) if label is None else Rating(0, desirable=label)]
 
 
 @pytest.mark.parametrize(("held", "prompt"), [("q", "q"), ([turn("human", "q")], PROMPT)])
 def test_prompts_alone_have_no_marks(held: Any, prompt: Any) -> None:
     example = taken({"prompt": held, "source": "x"})
-    assert (example.prompt, example.answers, example.mark) == (prompt, [], None)
+    assert (example.prompt, example.answers, [*example.marks]) == (prompt, [], [])
 
 
 def test_hh_messages_only_when_named() -> None:
@@ -147,8 +147,8 @@ def test_hh_messages_only_when_named() -> None:
 
 def test_marks_carry_weight_preference_and_annotator() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "weight": "2", "preference": 0.25, "annotator": 7, "id": 1}
-    assert taken(row).mark == Comparison(0, 1, preference=0.25, weight=2.0, by=By(who="7"))
-    assert taken({**row, "weight": "", "preference": None, "annotator": ""}).mark == Comparison(0, 1)
+    assert taken(row).marks[0] == Comparison(0, 1, preference=0.25, weight=2.0, by=By(who="7"))
+    assert taken({**row, "weight": "", "preference": None, "annotator": ""}).marks[0] == Comparison(0, 1)
 
 
 @pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])

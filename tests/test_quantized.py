@@ -29,6 +29,7 @@ from preftune.models.weights import count, frozen_bytes, is_packed
 from preftune.scoring.scorer import Scorer
 from preftune.scoring.store import Store, digest_of
 from preftune.training.estimate import Estimate
+from preftune.training.moving import Moving
 from preftune.training.precision import Weights
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (the extra qlora)")
@@ -183,6 +184,19 @@ def test_the_base_is_not_copied_to_compute_in_another_precision(base: Path) -> N
     weights = Weights(made, torch.bfloat16)
     own, used = packed(made), packed(weights.compute)
     assert own and all(used[name] is weight for name, weight in own.items())
+
+
+def test_a_reference_that_follows_shares_the_base(base: Path, tokenizer: Any) -> None:
+    made = add_adapter(load_model(str(base), quantize=True), QLORA, seed=0)
+    moving = Moving(Weights(made, torch.float32), every=1, alpha=1.0)
+    own, copied = packed(made), packed(moving.model)
+    assert own and all(copied[name] is weight for name, weight in own.items())
+    states = [m.weight.quant_state for m in moving.model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+    assert all(any(state is weight.quant_state for weight in own.values()) for state in states)
+    run = fit(
+        load_model(str(base), quantize=True), tokenizer, adapter="qlora", reference_sync_steps=1, reference_sync_alpha=1.0
+    )
+    assert [line["loss"] for line in run.metrics] == pytest.approx([math.log(2)] * 3, abs=tolerances.FIRST_LOSS)
 
 
 def test_memory_is_counted_as_it_is(tmp_path: Path, tokenizer: Any) -> None:

@@ -17,8 +17,8 @@ from preftune.records import By, Comparison, Group, Message, Ranking
 from preftune.runs.prepare import from_groups, render_data
 
 
-def row(*ranking: Any, prompt: Any = "Q: ", responses: Any = ("one", "two", "three"), **more: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "responses": list(responses), "ranking": list(ranking), **more}
+def row(*ranks: Any, prompt: Any = "Q: ", responses: Any = ("one", "two", "three"), **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "responses": list(responses), "ranks": list(ranks), **more}
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------------
@@ -30,8 +30,8 @@ def test_places_are_tiers_the_best_first_and_equal_places_tie() -> None:
     (mark,) = group.marks
     assert isinstance(mark, Ranking)
     assert (mark.tiers, mark.weight, mark.by) == (((1,), (0, 2)), 2.0, By(who="ann"))
-    assert mark.origin is not None and (mark.origin.row, mark.origin.column) == (1, "ranking")
-    assert [o.column for r in group.responses for o in r.origins] == ["responses.0", "responses.1", "responses.2"]
+    assert mark.origin is not None and mark.origin.row == 1
+    assert [o.column for r in group.responses for o in r.origins] == ["responses 1", "responses 2", "responses 3"]
     (other,) = preftune.read([row(1.5, 3, 1.5, id=7)])
     assert other.marks[0].tiers == ((0, 2), (1,)) and other.user_id == "7"  # type: ignore[union-attr]
 
@@ -39,7 +39,7 @@ def test_places_are_tiers_the_best_first_and_equal_places_tie() -> None:
 def test_rankings_and_pairs_of_one_prompt_are_one_group() -> None:
     """Whichever comes first: the ranking's places move with the answers."""
     pair = {"prompt": "Q: ", "chosen": "three", "rejected": "four"}
-    (group,) = preftune.read([pair, row(3, 1, 2)])
+    (group,) = preftune.read([*preftune.read([pair]), row(3, 1, 2)])
     assert [r.content for r in group.responses] == ["three", "four", "one", "two"]
     first, second = group.marks
     assert isinstance(first, Comparison) and first.responses == (0, 1)
@@ -60,16 +60,15 @@ def test_conversations_are_ranked_too() -> None:
 @pytest.mark.parametrize(
     ("faulty", "code", "says"),
     [
-        (row(0, 1, 2), "bad_value", "places count from 1"),
-        (row(1, 2), "bad_value", "2 for 3"),
-        (row(1, responses=["one"]), "bad_value", "two or more"),
-        (row(1, 2, True), "bad_value", "True"),
-        (row(1, 2, "x"), "bad_value", "'x'"),
+        (row(1, 2), "wrong_type", "each of the 3 answers"),
+        (row(1, responses=["one"]), "no_judgement", "two different answers"),
+        (row(1, 2, True), "wrong_type", "true"),
+        (row(1, 2, "x"), "wrong_type", "x"),
         (row(1, 2, 3, weight=-1), "bad_value", "0 or more"),
-        (row(1, 2, responses=["one", "one"]), "identical_answers", "two of them are the same"),
-        (row(1, 2, responses=["one", " "]), "empty_answer", "blank"),
+        (row(1, 2, responses=["one", "one"]), "identical_answers", "two different answers"),
+        (row(1, 2, responses=["one", " "]), "empty_answer", "two different answers"),
         (row(1, 2, responses=["one", 5]), "wrong_type", "text or messages"),
-        ({**row(1), "ranking": 1}, "wrong_type", "a list"),
+        ({**row(1), "ranks": 1}, "wrong_type", "a list"),
         ({**row(1, 2, 3), "prompt": None}, "missing_value", "prompt"),
         ({**row(1, 2, 3), "image": "x.png"}, "unsupported_content", "images"),
     ],
@@ -92,7 +91,7 @@ def test_a_ranking_goes_on_without_a_faulty_answer(caplog: pytest.LogCaptureFixt
     assert [r.content for r in batch.groups[0].responses] == ["one", "three", "four"]
     assert batch.groups[0].marks[0].tiers == ((0, 1), (2,)), "the tier of the best is gone, the others move"  # type: ignore[union-attr]
     (finding,) = batch.findings
-    assert (finding.code, finding.severity, finding.row, finding.column) == ("shorter_ranking", "warning", 1, "responses.1")
+    assert (finding.code, finding.severity, finding.row, finding.column) == ("shorter_ranking", "warning", 1, "responses 2")
     assert "over max_length 40" in finding.message and not by_row(batch.findings)
     assert "1 rankings go on without an answer that cannot be used" in caplog.text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from preftune.data.options import DataOptions, Source
 from preftune.data.read import Reading, enforce, load, read
 from preftune.errors import Refusal
-from preftune.records import Comparison, Finding, Group, Origin, Response
+from preftune.records import By, Comparison, Finding, Group, Origin, Ranking, Response
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -65,7 +66,8 @@ def test_every_dropped_row_has_a_finding(tmp_path: Path) -> None:
     assert adds_up(reading)
     assert (reading.rows, reading.kept) == (5, 2)
     assert [(f.code, f.row) for f in reading.findings] == [("bad_json", 1), ("empty_answer", 3), ("not_an_object", 4)]
-    assert reading.sources == [{"path": str(path), "format": "pairs", "rows": 5, "kept": 2, "dropped": dict(reading.dropped)}]
+    read_as = {"format": "pairs", "read_as": "preference pairs with explicit prompt"}
+    assert reading.sources == [{"path": str(path), **read_as, "rows": 5, "kept": 2, "dropped": dict(reading.dropped)}]
     assert reading.summary()[0].endswith("3 dropped: bad_json 1 (row 1), empty_answer 1 (row 3), not_an_object 1 (row 4)")
 
 
@@ -123,6 +125,68 @@ def test_origins_name_the_files_own_columns() -> None:
     assert group.marks[0].origin == Origin("rows", 1, "better")
 
 
+def test_scores_of_a_prompt_become_its_ranking() -> None:
+    """Rows of one answer each: the ranking stands at the first of them, and a score without another is named."""
+
+    def row(prompt: str, completion: str, score: float, **more: Any) -> dict[str, Any]:
+        return {"prompt": prompt, "completion": completion, "score": score, **more}
+
+    rows = [row("q", "a", 1), row("p", "x", 2), row("q", "b", 3), row("q", "c", 3), row("o", "z", 1), row("p", "y", 5)]
+    reading = load(rows, options=DataOptions(format="scores"))
+    origins = Origin("rows", 1, "completion"), Origin("rows", 2, "completion")
+    assert [group.marks for group in reading.groups] == [
+        (Ranking(((1, 2), (0,)), origin=origins[0]),),
+        (Comparison(0, 1, 0.0, by=By(strength=3.0), origin=origins[1]),),
+    ]
+    assert adds_up(reading)
+    assert [(f.code, f.row) for f in reading.findings] == [("no_judgement", 5)]
+    assert "read as answers with a score each, 1 to 3 answers a prompt" in reading.summary()[0]
+    by_two = [row("q", "a", 1, annotator="v"), row("q", "b", 2, annotator="v"), row("q", "a", 3, annotator="w"),
+              row("q", "b", 1, annotator="w"), row("q", "a", 9, annotator="u")]  # fmt: skip
+    reading = load(by_two, options=DataOptions(format="scores"))
+    assert [(mark.ordered, mark.by) for mark in reading.groups[0].marks if isinstance(mark, Comparison)] == [
+        ((1, 0, 1.0), By("v", strength=1.0)), ((0, 1, 1.0), By("w", strength=2.0)),
+    ]  # fmt: skip
+    assert [(f.code, f.row) for f in reading.findings] == [("no_judgement", 5)]
+
+
+def test_votes_find_the_answers_by_their_item(tmp_path: Path) -> None:
+    pairs = written(tmp_path / "pairs.jsonl", [{"id": n, "prompt": f"q{n}", "responses": ["x", "y"]} for n in (1, 2)])
+    said = [("1", "v", "a"), ("2", "v", "tie"), ("1", "w", "b"), ("3", "w", "a"), ("1", "w", "c")]
+    votes = tmp_path / "votes.csv"
+    votes.write_text("item,annotator,choice\n" + "".join(",".join(vote) + "\n" for vote in said))
+    reading = load([pairs, str(votes)])
+    first, second = (group.marks for group in reading.groups)
+    assert first == (
+        Comparison(0, 1, 1.0, by=By("v"), origin=Origin(str(votes), 1, "choice")),
+        Comparison(0, 1, 0.0, by=By("w"), origin=Origin(str(votes), 3, "choice")),
+    )
+    assert [mark.preference for mark in second if isinstance(mark, Comparison)] == [0.5]
+    assert [(f.code, f.row, f.column) for f in reading.findings] == [("unknown_item", 4, "item"), ("bad_value", 5, "choice")]
+    assert adds_up(reading)
+    with pytest.raises(Refusal, match="none of 5 rows"):
+        read(votes)
+
+
+def test_several_judgements_of_a_row_share_its_place() -> None:
+    row = {"instruction": "q", "response1": "a", "response2": "b", "annotator1": 1, "annotator2": 2, "annotator3": 0}
+    reading = load([row])
+    assert [(m.preference, m.by and m.by.who, m.origin) for m in reading.groups[0].marks if isinstance(m, Comparison)] == [
+        (p, f"annotator{n}", Origin("rows", 1, "response1")) for n, p in enumerate((1.0, 0.0, 0.5), start=1)
+    ]
+    assert reading.summary() == ["rows: 1 rows read as PandaLM, 3 judgements a row"]
+
+
+def test_what_is_left_out_of_a_row_is_a_warning_and_drops_nothing() -> None:
+    rows = [{"ask": "q", "answers": ["a", "", "b", "c"], "scores": [1, 2, 3, 4]}]
+    columns = {"prompt": "ask", "responses": "answers"}
+    reading = load(rows, options=DataOptions(columns=columns))
+    assert [(f.code, f.severity, f.column) for f in reading.findings] == [("empty_answer", "warning", "answers 2")]
+    assert (reading.kept, reading.dropped) == (1, Counter())
+    assert [o.column for r in reading.groups[0].responses for o in r.origins] == ["answers 1", "answers 3", "answers 4"]
+    assert reading.summary() == ["rows: 1 rows read as rankings, 3 answers a prompt"]
+
+
 def test_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_list([PAIR, {**PAIR, "chosen": None}])
@@ -166,6 +230,7 @@ def test_an_unknown_hub_name_is_one_line(tmp_path: Path) -> None:
         ("a.jsonl", "", "a.jsonl", "empty", "no rows"),
         ("a.csv", "prompt,chosen\n", "a.csv", "empty", "no rows"),
         ("a.jsonl", '{"prompt": "q", "choosen": "a", "rejected": "b"}', "a.jsonl", "no_known_columns", "choosen"),
+        ("a.jsonl", json.dumps({**PAIR, "conversations": []}), "a.jsonl", "ambiguous_format", ") or llamafactory_pairs"),
         ("a.md", "# hi", "", "not_found", "no data files"),
         ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "format": "pair"}, "unknown_format", "Did you mean pairs?"),
         ("a.jsonl", json.dumps(PAIR), {"path": "a.jsonl", "split": "test"}, "no_splits", "no splits"),
@@ -245,6 +310,19 @@ def test_read_logs_drops_once_and_refuses_what_is_mostly_bad(caplog: pytest.LogC
         read([PAIR, {}, {"prompt": "q"}])
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_the_collector_is_put_back_as_it_was(on: bool) -> None:
+    try:
+        gc.enable() if on else gc.disable()
+        read([PAIR])
+        assert gc.isenabled() == on
+        with pytest.raises(Refusal):
+            read([{"a": 1}])
+        assert gc.isenabled() == on
+    finally:
+        gc.enable()
+
+
 def test_nothing_heavy_is_imported() -> None:
     code = "import sys, preftune.data.read; print({'torch', 'datasets', 'pyarrow', 'transformers'} & set(sys.modules))"
     path = {"PYTHONPATH": str(Path(__file__).parents[1] / "src")}
@@ -263,6 +341,32 @@ def test_hh_as_published() -> None:
     chat = load(shared("hh_harmless/harmless-base-test.jsonl.gz"), options=DataOptions(format="hh_messages"))
     assert chat.kept <= reading.kept
     assert all(isinstance(g, Group) and g.prompt[-1].role == "user" for g in chat.groups if not isinstance(g.prompt, str))
+
+
+def test_pandalm_as_published() -> None:
+    """Six answers are JSON `true`: rows and columns are named. Blank answers are, too."""
+    reading = load(shared("pandalm/testset-v1.json"))
+    assert reading.summary()[0].split(": ")[1].startswith("999 rows read as PandaLM, 3 judgements a row, 60 dropped")
+    wrong = [(f.row, f.column) for f in reading.findings if f.code == "wrong_type"]
+    assert [row for row, _ in wrong] == [158, 159, 160, 162, 163, 165]
+    rows = json.loads(Path(shared("pandalm/testset-v1.json")).read_text())
+    assert all(rows[row - 1][column] is True for row, column in wrong)
+    blank = [f.row for f in reading.findings if f.code == "empty_answer"]
+    assert blank == [n for n, row in enumerate(rows, start=1) if "" in (row["response1"], row["response2"])]
+    votes = Counter(m.preference for g in reading.groups for m in g.marks if isinstance(m, Comparison))
+    kept = [row for n, row in enumerate(rows, start=1) if n not in {f.row for f in reading.findings}]
+    assert votes == Counter({0: 0.5, 1: 1.0, 2: 0.0}[row[f"annotator{n}"]] for row in kept for n in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("LLMBar_Natural", 100), ("LLMBar_Adversarial_Neighbor", 134), ("Processed_MT-Bench", 200)]
+)
+def test_llmbar_as_published(name: str, rows: int) -> None:
+    reading = load(shared(f"llmbar/{name}.json"))
+    held = json.loads(Path(shared(f"llmbar/{name}.json")).read_text())
+    assert (reading.sources[0]["format"], reading.rows, reading.kept) == ("llmbar", rows, rows)
+    chosen = {(g.prompt[0].content, g.responses[m.ordered[0]].content[0].content) for g in reading.groups for m in g.marks}
+    assert chosen == {(row["input"], row[f"output_{row['label']}"]) for row in held}
 
 
 @pytest.mark.parametrize(

@@ -19,3 +19,5 @@ KL = 1e-5  # nats per response against an enumeration
 BF16 = 2e-2  # nats per token: two passes in bfloat16
 PARITY = 1e-5  # losses and their gradients against TRL's own loss code, float32
 HUGE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative: losses of 1e4 nats against the same in float64
+FIT = 1e-4  # logits and probabilities of votes, fitted until they stand still, from another order of the same votes
+DIFFERENCES = 1e-5  # a gradient of size 1 to 10 against central differences of step 1e-5, float64

@@ -18,6 +18,7 @@ from preftune.data.options import DataOptions, ScoredOptions, Sources
 from preftune.errors import Refusal
 from preftune.methods.options import MethodOptions, check, check_beta, needs
 from preftune.models.options import AdapterOptions, Dtype, check_adapter
+from preftune.records import Pairs
 from preftune.training.options import TrainOptions
 
 log = logging.getLogger("preftune")
@@ -162,6 +163,13 @@ class MergeKeys(Group):
     overwrite: bool = Field(default=False, description="Move a folder that is there to .old-1 instead of refusing.")
 
 
+class ConvertKeys(Group):
+    to: str = Field(description="Format to write; the list stands below.")
+    data: DataOptions = Field(default=DataOptions(), description="How IN is read.")
+    pairs: Pairs = Field(default="all", description="What rankings become in a format of pairs: all, or best_vs_rest.")
+    overwrite: bool = Field(default=False, description="Replace the file OUT.")
+
+
 def _distinct(betas: list[float]) -> list[float]:
     return list(dict.fromkeys(betas))
 
@@ -184,6 +192,7 @@ VERB_KEYS: dict[str, type[Group]] = {
     "doctor": DoctorKeys,
     "chat": ChatKeys,
     "merge": MergeKeys,
+    "convert": ConvertKeys,
     "demo": DemoKeys,
 }
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 Severity = Literal["error", "warning", "info"]
 Pairs = Literal["all", "best_vs_rest"]
+Choice = Literal["a", "tie", "b"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,10 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class By:
-    """Who judged, and how: whatever the data says about it. Empty fields were not said."""
+    """Who judged, and how: whatever the data says about it. Empty fields were not said.
+
+    `side` is the response that stood first. `votes` are those that a judgement was made of, as they were given.
+    """
 
     who: str = ""
     kind: Literal["person", "model", "rule", ""] = ""
@@ -69,6 +73,18 @@ class By:
     side: Literal["a", "b", ""] = ""
     strength: float | None = None
     reason: str = ""
+    votes: tuple[Vote, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """What one annotator said of one pair, the item: a is better, b is, or neither. Several of them make a Comparison."""
+
+    item: str
+    choice: Choice
+    by: By = By()
+    weight: float = 1.0
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)

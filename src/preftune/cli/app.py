@@ -19,6 +19,7 @@ import typer
 from preftune import __version__
 from preftune.cli.console import setup
 from preftune.config import VERB_KEYS, all_keys
+from preftune.data.targets import listing
 from preftune.errors import Interrupted, PreftuneError, Refusal, RunFailed, nearest
 from preftune.methods.table import by_marks
 from preftune.runs.folder import to_json
@@ -46,12 +47,13 @@ VERBS = {
     "generate": "Sample responses to prompts.",
     "doctor": "Check on your model and rows that scores are exact, and what a run takes.",
     "chat": "Talk to a model or a run.",
+    "convert": "Write data as another format, and say what that cannot hold: convert IN OUT to=FORMAT",
     "merge": "Fold an adapter run into a plain model: merge RUN out=DIR.",
     "report": "Write the report of runs again: report RUN ...",
     "demo": "The controlled-sentiment experiment, from the packaged model to a verdict.",
 }
 
-LATER = ("check", "convert", "judge", "iterate", "label", "sweep", "monitor")
+LATER = ("check", "judge", "iterate", "label", "sweep", "monitor")
 
 
 def _epilog(verb: str) -> str:
@@ -64,7 +66,7 @@ def _epilog(verb: str) -> str:
     if "method" in keys.model_fields:
         told += "\n\n\b\nMethods, by the judgements that they take (docs/methods/README.md):"
         told += "".join(f"\n  {marks}: {' '.join(names)}" for marks, names in by_marks().items())
-    return told
+    return f"{told}\n\n{listing()}" if verb == "convert" else told
 
 
 def _verb(name: str) -> Callable[..., None]:

@@ -60,6 +60,7 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
     from preftune.evaluation.evaluate import evaluate
     from preftune.models.reward import load_either
 
+    beta = keys.beta and methods.beta_said(methods.choose(keys.method, data.batch.groups), keys.beta)
     models = data.models(load=load_either)
 
     with Watch() as watch:
@@ -69,7 +70,7 @@ def _held_out(keys: EvaluateKeys) -> dict[str, Any]:
             data.batch,
             reference=models[1],
             method=keys.method,
-            beta=keys.beta,
+            beta=beta,
             template=keys.data.template,
             kl_samples=keys.kl_samples,
             max_new_tokens=keys.max_new_tokens,

@@ -132,7 +132,7 @@ def split_last(conversation: Turns, column: str) -> tuple[Turns, Turns]:
 
 def split_answer(prompt: Turns, answer: Turns, column: str) -> tuple[Turns, Turns]:
     """(prompt, answer) of one answer that may repeat the prompt, or bring further turns of the user."""
-    whole = _joined(prompt, answer, column)
+    whole = joined(prompt, answer, column)
     if any(m.role == "user" for m in whole[len(prompt) :]) or not prompt:
         return split_last(whole, column)
     return prompt, whole[len(prompt) :]
@@ -141,7 +141,7 @@ def split_answer(prompt: Turns, answer: Turns, column: str) -> tuple[Turns, Turn
 def split_pair(prompt: Turns, answers: tuple[Turns, Turns], columns: tuple[str, str]) -> tuple[Turns, Turns, Turns]:
     """(prompt, chosen, rejected). Answers may repeat the prompt; where they bring turns of the user (or no prompt is
     given), all turns that both share are the prompt."""
-    first, second = (_joined(prompt, answer, column) for answer, column in zip(answers, columns, strict=True))
+    first, second = (joined(prompt, answer, column) for answer, column in zip(answers, columns, strict=True))
     if first == second:
         raise RowFault("identical_answers", f"is the same as {columns[0]}: remove the row", columns[1])
     cut = len(prompt)
@@ -155,7 +155,7 @@ def split_pair(prompt: Turns, answers: tuple[Turns, Turns], columns: tuple[str, 
     return first[:cut], first[cut:], second[cut:]
 
 
-def _joined(prompt: Turns, answer: Turns, column: str) -> Turns:
+def joined(prompt: Turns, answer: Turns, column: str) -> Turns:
     """Prompt and answer as one conversation, whether or not the answer repeats the prompt."""
     if not answer:
         raise RowFault("empty_answer", "the answer is blank: remove the row or fill it in", column)

@@ -9,6 +9,8 @@ CODES = {
     "bad_value": "the value is of the right kind and out of range, or makes no sense",
     "empty_answer": "an answer is blank",
     "identical_answers": "chosen and rejected are the same",
+    "no_judgement": "nobody has said which answer is better, or there is only one to judge",
+    "unknown_item": "a vote is about an item that was not read before it",
     "prompts_differ": "chosen and rejected (or an answer and the prompt column) do not share a prompt",
     "bad_json": "the line is not JSON",
     "not_an_object": "the row is JSON, and not an object with named columns",

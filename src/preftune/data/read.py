@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
 from preftune.data.dialogue import is_list, is_object
 from preftune.data.faults import RowFault
-from preftune.data.formats import COLUMNS, FORMATS, Format, recognise, understand, value
-from preftune.data.grouping import Grouping
+from preftune.data.formats import COLUMNS, FORMATS, Example, Format, fitting, understand
+from preftune.data.formats.columns import value
+from preftune.data.grouping import Grouping, own_column
 from preftune.data.options import DataOptions
 from preftune.data.sources import Item, Rows, Stream, streams
 from preftune.errors import Refusal, nearest
-from preftune.records import Finding, Group
+from preftune.records import Finding, Group, Severity
 
 log = logging.getLogger("preftune")
 SAMPLE = 100  # rows that are looked at, at most, to recognise a format
@@ -25,7 +28,7 @@ SHOWN = 5  # rows that a message names
 
 @dataclass
 class Reading:
-    """What was read: rows = kept + sum(dropped). `sources` says for each file {path, format, rows, kept, dropped}."""
+    """What was read: rows = kept + sum(dropped). `sources` says for each file {path, format, read_as, rows, kept, dropped}."""
 
     groups: list[Group] = field(default_factory=list[Group])
     rows: int = 0
@@ -42,8 +45,7 @@ class Reading:
         return [self._line(source) for source in self.sources]
 
     def _line(self, source: Mapping[str, Any]) -> str:
-        known = FORMATS.get(source["format"])
-        line = f"{source['path']}: {source['rows']:,} rows" + (f" read as {known.title}" if known else "")
+        line = f"{source['path']}: {source['rows']:,} rows" + (f" read as {source['read_as']}" if source.get("read_as") else "")
         if not source["dropped"]:
             return line
         found = [f for f in self.findings if f.file == source["path"] and f.severity == "error"]
@@ -78,12 +80,26 @@ def load(sources: Any, *, options: DataOptions | None = None) -> Reading:
     """Reads all sources. Faults of a file are refused here; faulty rows are only collected (see `enforce`)."""
     options = options or DataOptions()
     if is_list(sources) and sources and all(isinstance(item, Group) for item in sources):
-        return Reading(list(sources), len(sources), sources=[_entry("groups", None, len(sources), Counter())])
+        return Reading(list(sources), len(sources), sources=[_entry("groups", None, "", len(sources), Counter())])
     reading, grouping = Reading(), Grouping()
-    for stream in streams(sources, options):
-        _take(stream, grouping, reading)
-    reading.groups = grouping.groups()
+    with _no_collection():
+        for stream in streams(sources, options):
+            _take(stream, grouping, reading)
+        reading.groups = grouping.groups()
     return reading
+
+
+@contextmanager
+def _no_collection() -> Generator[None]:
+    """Reading makes millions of small records and no cycles: the collector would go through all of them again and again, which
+    took half of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def enforce(
@@ -122,42 +138,108 @@ def say_drops(findings: Sequence[Finding], part: str = "") -> None:
         log.warning(f"{more} dropped: {tally(by_row(findings), findings)}")
 
 
-def _take(stream: Stream, grouping: Grouping, reading: Reading) -> None:
-    """All rows of one stream into groups and findings."""
+@dataclass
+class Opened:
+    """One stream, understood: its format (None only where no row is an object), and its rows, of which some are faulty."""
+
+    format: Format | None
+    rows: Iterator[tuple[int, Example | Group | RowFault]]
+
+
+def opened(stream: Stream) -> Opened:
+    """Recognises the format of a stream; refuses one that is not known, or that could be several."""
     columns = _checked(stream.columns)
     rows, format = _recognised(stream, columns)
-    count, dropped = 0, Counter[str]()
+    return Opened(format, _understood(rows, format, named="id" in columns))
+
+
+def _understood(rows: Rows, format: Format | None, *, named: bool) -> Iterator[tuple[int, Example | Group | RowFault]]:
+    """`named`: the rows' own `id` is that of their prompt."""
     for number, row in rows:
-        count += 1
+        if isinstance(row, (RowFault, Group)):
+            yield number, row
+            continue
+        assert format is not None  # it is recognised as soon as one row is an object
         try:
-            if isinstance(row, RowFault):
-                raise row
-            if isinstance(row, Group):
-                grouping.add_group(row)
-                continue
-            assert format is not None  # it is recognised as soon as one row is an object
             example = understand(format, row)
-            user_id = _user_id(row) if "id" in columns else ""
-            grouping.add(example, file=stream.name, row=number, columns=columns, user_id=user_id)
+            if named:
+                example.id = str(value(row, "id"))
         except RowFault as fault:
+            yield number, fault
+        else:
+            yield number, example
+
+
+def _take(stream: Stream, grouping: Grouping, reading: Reading) -> None:
+    """All rows of one stream into groups and findings."""
+    source, columns = opened(stream), stream.columns
+    count, dropped, shape = 0, Counter[str](), _Shape()
+
+    def found(fault: RowFault, row: int, severity: Severity = "error") -> None:
+        column = own_column(fault.column, columns) if fault.column else None
+        reading.findings.append(Finding(fault.code, severity, fault.message, stream.name, row, column))
+        if severity == "error":
             dropped[fault.code] += 1
-            column = columns.get(fault.column, fault.column) if fault.column else None
-            reading.findings.append(Finding(fault.code, "error", fault.message, stream.name, number, column))
+
+    for number, row in source.rows:
+        count += 1
+        if isinstance(row, RowFault):
+            found(row, number)
+        elif isinstance(row, Group):
+            grouping.add_group(row)
+        else:
+            try:
+                grouping.add(row, file=stream.name, row=number, columns=columns)
+            except RowFault as fault:
+                found(fault, number)
+                continue
+            shape.add(len(row.answers), len(row.marks))
+            for note in row.notes:
+                found(note, number, "warning")
+    for joined in grouping.rank_scores():
+        if isinstance(joined, int):
+            shape.add(joined, 1)
+        else:
+            found(joined[1], joined[0].row)
     if not count:
         raise Refusal("is empty: it holds no rows", code="empty", file=stream.name)
     reading.rows += count
     reading.dropped += dropped
-    reading.sources.append(_entry(stream.name, format.name if format else None, count, dropped))
+    title = source.format.title + str(shape) if source.format else ""
+    reading.sources.append(_entry(stream.name, source.format.name if source.format else None, title, count, dropped))
 
 
-def _entry(path: str, format: str | None, rows: int, dropped: Counter[str]) -> dict[str, Any]:
-    return {"path": path, "format": format, "rows": rows, "kept": rows - dropped.total(), "dropped": dict(dropped)}
+@dataclass
+class _Shape:
+    """How many answers and judgements the rows have, where that is not plain from the format."""
+
+    answers: set[int] = field(default_factory=set[int])
+    marks: set[int] = field(default_factory=set[int])
+
+    def add(self, answers: int, marks: int) -> None:
+        self.answers.add(answers)
+        self.marks.add(marks)
+
+    def __str__(self) -> str:
+        said = f", {_range(self.answers)} answers a prompt" if max(self.answers, default=0) > 2 else ""
+        return said + (f", {_range(self.marks)} judgements a row" if max(self.marks, default=0) > 1 else "")
+
+
+def _range(counts: set[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _entry(path: str, format: str | None, read_as: str, rows: int, dropped: Counter[str]) -> dict[str, Any]:
+    kept = rows - dropped.total()
+    return {"path": path, "format": format, "read_as": read_as, "rows": rows, "kept": kept, "dropped": dict(dropped)}
 
 
 def _checked(columns: Mapping[str, str]) -> Mapping[str, str]:
     for ours in columns:
         if ours not in COLUMNS:
-            what = f"no format has a column {ours}.{nearest(ours, COLUMNS)} Known: {', '.join(sorted(COLUMNS))}"
+            more = nearest(ours, COLUMNS) or " `preftune convert --help` lists the columns of every format"
+            what = f"no format has a column {ours}.{more}"
             raise Refusal(what, code="unknown_column", key="data.columns")
     return columns
 
@@ -190,8 +272,8 @@ def _recognised(stream: Stream, columns: Mapping[str, str]) -> tuple[Rows, Forma
         return rows, _named_format(stream.format)
     for nulls in (False, True):
         for row in sample:
-            if format := recognise(row, nulls=nulls):
-                return rows, format
+            if formats := fitting(row, nulls=nulls):
+                return rows, _only(formats, stream.name)
     if sample:
         raise Refusal(_no_format(found), code="no_known_columns", file=stream.name)
     return rows, None
@@ -204,11 +286,21 @@ def _named_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def _only(formats: Sequence[Format], name: str) -> Format:
+    if len(formats) > 1:
+        names = " or ".join(f"{format.name} ({format.columns})" for format in formats)
+        what = f"could be read as {names}: say which, such as data.format={formats[0].name}"
+        raise Refusal(what, code="ambiguous_format", file=name, key="data.format")
+    return formats[0]
+
+
 def _no_format(found: Sequence[str]) -> str:
+    """The columns that were found, and the formats that lack least."""
     shown = ", ".join(name if len(name) <= 30 else name[:27] + "..." for name in found[:20]) or "none"
-    sets = "; ".join(dict.fromkeys(f.columns for f in FORMATS.values()))
-    return f"no known set of columns. Found: {shown}. Understood: {sets}. Map your names with data.columns"
-
-
-def _user_id(row: Mapping[str, Any]) -> str:
-    return str(value(row, "id"))
+    lacking = {format: len(format.needs) - len(format.used(found)) for format in FORMATS.values() if format.used(found)}
+    near = sorted(lacking, key=lambda format: lacking[format])[:3] or [FORMATS["pairs"]]
+    sets = "; ".join(f"{format.name} ({format.columns})" for format in near)
+    what = (
+        f"no known set of columns. Found: {shown}. Nearest: {sets}. Map your names with data.columns; preftune convert --help"
+    )
+    return what + " lists all formats"

@@ -12,10 +12,9 @@ from pydantic import ValidationError
 
 from preftune.data.dialogue import is_list, is_object
 from preftune.data.faults import RowFault
-from preftune.data.formats import recognise
+from preftune.data.formats import fitting
 from preftune.data.hub import dataset_rows, is_dataset, is_hub_name, is_saved, load_hub, load_saved, no_splits
 from preftune.data.options import DataOptions, Source
-from preftune.data.ranked import is_ranked, ranked
 from preftune.data.readers import kind_of, read_rows
 from preftune.errors import Refusal, nearest
 from preftune.records import Group
@@ -43,8 +42,8 @@ def streams(sources: Any, options: DataOptions) -> Iterator[Stream]:
         if kind in ("rows", "groups"):
             if options.split:
                 raise no_splits(kind)
-            numbered = ((n, ranked(row, kind, n) if is_ranked(row) else row) for n, row in enumerate(alike, start=1))
-            yield from _limited([Stream(kind, cast("Rows", numbered))], Source(path=kind), options)
+            numbered = enumerate(cast("Iterable[Item]", alike), start=1)
+            yield from _limited([Stream(kind, numbered)], Source(path=kind), options)
             continue
         for item in alike:
             if kind == "dataset":
@@ -64,7 +63,7 @@ def _kind(item: object) -> str:
     if is_dataset(item):
         return "dataset"
     if is_object(item):
-        return "path" if "path" in item and recognise(item) is None else "rows"
+        return "path" if "path" in item and not fitting(item) else "rows"
     what = f"a {type(item).__name__} is no data: give paths, hub names, rows (dict), Datasets or Groups"
     raise Refusal(what, code="unknown_source")
 

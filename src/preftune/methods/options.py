@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -12,6 +13,8 @@ from preftune.errors import Refusal, nearest
 from preftune.functions import load_function
 from preftune.methods.table import NEEDS, Needs, check_name
 from preftune.records import Pairs
+
+log = logging.getLogger("preftune")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -281,6 +284,14 @@ def beta_of(method: MethodOptions, given: float | None = None) -> float | None:
         line = f"{method.label} have different defaults ({', '.join(f'{beta:g}' for beta in sorted(own))}): name one for all"
         raise Refusal(line, code="missing_key", key="beta")
     return (given or min(own)) if own else None
+
+
+def beta_said(method: MethodOptions, given: float | None) -> float | None:
+    """The same for a method that the data chose: where it reads none, that is said of the one that was given."""
+    beta = beta_of(method, given)
+    if given is not None and beta is None:
+        log.info(f"not used by {method.label}: beta")
+    return beta
 
 
 def check_beta(method: MethodOptions, given: float | None) -> None:

@@ -30,7 +30,7 @@ class _Sum(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, low, weight, a, b = ctx.saved_tensors
         of_x, _, _, of_a, of_b, _ = ctx.needs_input_grad
         gradient = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
@@ -63,7 +63,7 @@ def _only_update(layer: Any, dtype: torch.dtype) -> str | None:
         return None
     base: Any = layer.base_layer
     dropout, b = layer.lora_dropout[active[0]], layer.lora_B[active[0]]
-    plain = type(base) is nn.Linear and not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+    plain = type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters())
     falls = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     same = all(t.dtype == dtype for t in (base.weight, layer.lora_A[active[0]].weight, b.weight))
     return active[0] if plain and same and not falls and b.bias is None else None

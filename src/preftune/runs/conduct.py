@@ -77,15 +77,12 @@ def resolved(
     rate = keys.learning_rate or (float(f"{10 * usual:g}") if adapter else usual)  # not 9.999999999999999e-06
     if keys.learning_rate is None:
         log.info(f"learning_rate: {rate:g}, the default for {method.label}{' with an adapter' if adapter else ''}")
-    beta = methods.beta_of(method, keys.beta)
-    if keys.beta is not None and beta is None:  # the data chose the method
-        log.info(f"not used by {method.label}: beta")
     if keys.steps is not None and "epochs" in keys.model_fields_set:
         log.info(f"steps and epochs are both given: steps={keys.steps} counts")
     return keys.model_copy(
         update={
             "method": methods.resolved(method),
-            "beta": beta,
+            "beta": methods.beta_said(method, keys.beta),
             "learning_rate": rate,
             "max_length": limit,
             "out": str(out) if out else None,
