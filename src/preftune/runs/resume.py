@@ -30,7 +30,11 @@ def keys_of(words: Sequence[str]) -> TrainKeys:
     if not config.is_file():
         what = "holds no run (no config.yaml)" if folder.is_dir() else "is not there"
         raise Refusal(f"{asked} {what}: name the folder that a run was begun in", code="no_run", key="resume")
-    first = resolve(TrainKeys, [str(config)])
+    try:
+        first = resolve(TrainKeys, [str(config)])
+    except Refusal as error:
+        error.file = error.file or str(config)
+        raise
     keys = resolve(TrainKeys, [word for word in words if not word.startswith("resume=")], under=str(config))
     for name in ("dry_run", "overwrite"):
         if getattr(keys, name):
