@@ -228,7 +228,7 @@ def _contains(found: object, text: str, column: str) -> bool:
     if isinstance(found, str):
         return text in found
     if is_object(found):
-        return any(text in held for held in found.values() if isinstance(held, str))
+        return _contains(found.get("content", found.get("value", found.get("text"))), text, column)
     if is_list(found):
         return any(_contains(item, text, column) if is_object(item) else as_text(item) == text for item in found)
     raise RowFault("wrong_type", f"the filter looks for a text in it, this is {short(found)}", column)
