@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections import Counter
@@ -65,6 +66,13 @@ def test_a_source_is_gone_through_before_it_comes_again() -> None:
     assert sorted(Counter(e for e in first if files([e])["b"]).values()) == [7] * 5 + [8] * 5
     seen = Counter(e for order in (first, *rest) for e in order if files([e])["a"])
     assert sorted(seen.values()) == [1] * 80 + [2] * 10
+
+
+def test_a_group_that_is_cut_goes_on_in_the_next_epoch() -> None:
+    """a gives 40 of its 90 each time, which cuts a group of three: after three epochs all were there, and 30 came twice."""
+    given = examples(30, 10, marks=3)
+    seen = Counter(e for order in epochs(given, 3, mixing=mixing(1, 2)) for e in order if files([e])["a"])
+    assert sorted(seen.values()) == [1] * 60 + [2] * 30
 
 
 def test_parts_of_an_example_are_there_in_expectation() -> None:
@@ -142,17 +150,25 @@ def test_a_verb_that_does_not_draw_says_that_it_reads_no_weights(caplog: pytest.
     assert "not used: the weights of the sources" in caplog.text
 
 
-def test_a_run_draws_by_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """17 pairs and 3, one to one, every pair to be trained on: ten of each in an epoch, which the plan is made of."""
+def test_a_run_draws_by_weight(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    short_answers: None,
+    no_report: None,
+) -> None:
+    """17 short pairs and 3 long ones, one to one: ten of each in an epoch, though all 20 are to be trained on."""
     monkeypatch.chdir(tmp_path)
     write_model(Path("m"), positions=128)
-    write_rows(Path("a.jsonl"), PAIRS[:17])
-    write_rows(Path("b.jsonl"), PAIRS[17:20])
+    for name, answer, part in (("a", " yes", PAIRS[:17]), ("b", " yes yes yes", PAIRS[17:20])):
+        write_rows(Path(f"{name}.jsonl"), [{**row, "chosen": answer} for row in part])
     write_rows(Path("e.jsonl"), PAIRS[20:22])
     data = "data=[{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: 1}]"
-    answer = call(capsys, "train", "model=m", data, "eval_data=e.jsonl", "dry_run=true", "batch_size=4")
-    assert answer.code == 0
+    answer = call(capsys, "train", "model=m", data, "eval_data=e.jsonl", "batch_size=20", "steps=1", "out=run")
+    assert answer.code == 0, answer.err
     assert "of each epoch of 20 examples: a.jsonl 50.0% (0.59 times its 17), b.jsonl 50.0% (3.3 times its 3)" in answer.err
+    (line,) = Path("run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["length/chosen"] == (10 * 5 + 10 * 13) / 20
 
 
 # -- curriculum ---------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -143,13 +144,12 @@ def test_fit_makes_labels_of_groups_at_hand_and_counts_their_votes() -> None:
 
 @pytest.mark.parametrize("method", labels.METHODS)
 def test_labels_are_not_voted_on_again(method: str) -> None:
-    """Unanimous labels are 1 or 0, as votes are."""
-    groups = [
-        Group(f"Q{n}:", tiny.answers("Q", " a", " b"), tuple(Comparison(0, 1, float(n % 2), by=By(w)) for w in "xyz"))
-        for n in range(4)
-    ]
-    once = labels.merged(groups, "majority")
-    assert labels.merged(once, method) == once
+    """Unanimous labels are 1 or 0, as votes are; a vote that comes later stands beside them."""
+    answers = tiny.answers("Q", " a", " b")
+    cast = [[Comparison(0, 1, float(n % 2), by=By(who)) for who in "xyz"] for n in range(4)]
+    once = labels.merged([Group(f"Q{n}:", answers, tuple(own)) for n, own in enumerate(cast)], "majority")
+    later = [replace(group, marks=(*group.marks, Comparison(0, 1, by=By("late")))) for group in once]
+    assert labels.merged(later, method) == later
 
 
 def test_votes_given_already_are_not_gathered_again() -> None:
