@@ -195,7 +195,7 @@ def test_without_strengths_they_come_in_order_of_their_certainty() -> None:
 
 def test_groups_stay_together_and_stand_by_their_mean() -> None:
     given = [
-        Example(g, (n, n + 1), strength=s) for g, own in enumerate([(1, 8), (6, 2, 5.5), (9, 3)]) for n, s in enumerate(own)
+        Example(g, (n, n + 1), strength=s) for g, own in enumerate([(1, 8), (6, 2, 4), (9, 3)]) for n, s in enumerate(own)
     ]
     (order,) = epochs(given, 1, curriculum="easy_first")
     assert [(e.group, e.strength) for e in order] == [(2, 9), (2, 3), (0, 8), (0, 1), (1, 6), (1, 4), (1, 2)]

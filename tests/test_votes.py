@@ -182,9 +182,12 @@ def test_convert_writes_labels_and_reads_them_back(capsys: pytest.CaptureFixture
     assert answer.code == 0
     found = comparisons(preftune.read("pairs.jsonl"))
     assert [(m.ordered[2], m.weight) for m in found] == [(pytest.approx(2 / 3), 3), (1, 3)]
+    assert "not held: votes that a label was made of 6" in answer.err
 
 
-def test_a_run_trains_on_labels_and_keeps_what_they_were_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_trains_on_labels_and_keeps_what_they_were_made_of(
+    capsys: pytest.CaptureFixture[str], short_answers: None, no_report: None
+) -> None:
     write_model(Path("m"), positions=128)
     rows = [
         {
