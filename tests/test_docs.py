@@ -232,6 +232,16 @@ def test_python_of_the_readme_runs(ran: dict[str, Any], home: Path) -> None:
     assert (home / "runs/python/model/config.json").is_file()
 
 
+def test_python_of_the_data_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cast = [f"i{n},{who},{'ab'[(n * who) % 2]},Q{n}:, yes, no" for n in range(6) for who in (1, 2, 3)]
+    Path("votes.csv").write_text("\n".join(["item,annotator,choice,prompt,response_a,response_b", *cast]), encoding="utf-8")
+    (block,) = blocks("python", [ROOT / "docs/data.md"])
+    names: dict[str, Any] = {}
+    exec(compile(block.text, "data.md", "exec"), names)
+    assert [len(group.marks) for group in names["groups"]] == [1] * 6
+
+
 def test_a_run_folder_holds_what_the_readme_says(ran: dict[str, Any], home: Path) -> None:
     named = {spans(row.cells["path"])[0].rstrip("/") for row in table("README.md", "path")}
     assert named == {path.name for path in (home / "runs/python").iterdir()}

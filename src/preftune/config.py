@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from preftune.config_errors import refusal
 from preftune.config_files import expand, merge, new_yaml, parse_word, read_file, said_in, without_nulls
-from preftune.data.options import DataOptions, ScoredOptions, Sources
+from preftune.data.options import DataOptions, ScoredOptions, Source, Sources
 from preftune.errors import Refusal
 from preftune.methods.options import MethodOptions, check, check_beta, needs
 from preftune.models.options import AdapterOptions, Dtype, check_adapter
@@ -244,11 +244,38 @@ def _consistent(run: Keys) -> Keys:
         check_moving(run.reference, run.method)
         if run.train.early_stop and not run.train.eval_every:
             raise Refusal("looks at evaluations: give train.eval_every too", code="unused_key", key="train.early_stop")
+        _check_weights(run)
+    elif any(source.weight for source in _sources(run)):
+        log.info("not used: the weights of the sources, which say how a training run draws from them")
     if isinstance(run, GenerateKeys) and run.beams > 1:
         for name in _changed(run, "temperature", "top_k", "top_p"):
             line = f"beam search does not sample: leave {name} away, or beams=1"
             raise Refusal(line, code="unused_key", key=name)
     return run
+
+
+def _check_weights(run: TrainKeys) -> None:
+    """Refuses weights that leave open how much a source counts."""
+    for n, source in enumerate(run.eval_data):
+        if source.weight is not None:
+            line = "held-out data is used as it is: leave the weight out"
+            raise Refusal(line, code="unused_key", key=f"eval_data.{n}.weight")
+    sources = run.data.sources
+    without = [n for n, source in enumerate(sources) if source.weight is None]
+    if without and len(without) < len(sources):
+        line = f"{sources[without[0]].path} has no weight, and others have: give one to each source, or to none"
+        raise Refusal(line, code="missing_key", key=f"data.sources.{without[0]}.weight")
+    paths = [str(Path(source.path)) for source in sources]
+    if not without and len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        line = f"{twice} stands there twice, with a weight each: name it once"
+        raise Refusal(line, code="bad_value", key="data.sources")
+
+
+def _sources(run: Group) -> list[Source]:
+    """All sources of a verb, of its data and its prompts."""
+    found = [getattr(run, name, None) for name in ("data", "prompts")]
+    return [source for options in found if isinstance(options, DataOptions) for source in options.sources]
 
 
 def check_moving(reference: ReferenceOptions, method: MethodOptions) -> None:

@@ -16,6 +16,7 @@ from preftune.evaluation.evaluate import counted
 from preftune.scoring.score import score_logp
 from preftune.scoring.store import Stored
 from preftune.training.method import Method
+from preftune.training.order import Mixing
 from preftune.training.signals import Stop
 from preftune.training.steps import Plan, plan
 
@@ -80,6 +81,7 @@ def plan_of(method: Method, batch: Batch, keys: TrainKeys) -> Plan:
         seed=keys.seed,
         learning_rate=keys.learning_rate,
         options=keys.train,
+        mixing=Mixing.of(keys.data.sources),
     )
 
 

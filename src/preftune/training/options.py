@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard"]
 Sharing = Literal["auto", "require", "off"]
+Curriculum = Literal["easy_first", "hard_first"]
 
 
 class TrainOptions(BaseModel):
@@ -45,6 +46,10 @@ class TrainOptions(BaseModel):
         default=0.1, description="Share of the steps with rising learning rate."
     )
     schedule: Schedule = Field(default="cosine", description="Course of the learning rate after the warm-up.")
+    curriculum: Curriculum | None = Field(
+        default=None,
+        description="Order of the comparisons in each epoch by margin: easy_first or hard_first; absent: shuffled.",
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Gradients are clipped to this norm.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
     trackers: list[Tracker] = Field(default=[], description="Where metrics go besides metrics.jsonl: tensorboard.")

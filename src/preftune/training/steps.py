@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from preftune.training.memory import finer_if_needed, fits, indivisible, memory_
 from preftune.training.method import Example, Method
 from preftune.training.moving import Moving
 from preftune.training.options import TrainOptions
+from preftune.training.order import Mixing, ordered
 from preftune.training.precision import Weights, gradient_norm
 from preftune.training.state import Saved, Training
 
@@ -56,38 +56,23 @@ def plan(
     seed: int,
     learning_rate: float,
     options: TrainOptions,
+    mixing: Mixing | None = None,
 ) -> Plan:
-    """Groups are shuffled by (seed, epoch), marks within a group too; a group's marks follow each other and may go on
-    in the next step; the last batch of an epoch may be smaller."""
+    """Each epoch's examples in their order (see `order.ordered`), cut into steps: a group's may go on in the next one, and the
+    last batch of an epoch may be smaller."""
     assert examples, "nothing to train on is refused before"
     total = count_steps(len(examples), batch_size=batch_size, epochs=epochs, steps=steps)
     batches: list[tuple[int, tuple[Example, ...]]] = []
-    epoch = 0
-    while len(batches) < total:
-        order = shuffled(examples, seed, epoch)
-        for at in range(0, len(order), batch_size):
-            batches.append((epoch, tuple(order[at : at + batch_size])))
-        epoch += 1
+    for epoch, order in enumerate(ordered(examples, seed, mixing=mixing, curriculum=options.curriculum)):
+        batches += [(epoch, tuple(order[at : at + batch_size])) for at in range(0, len(order), batch_size)]
+        if len(batches) >= total:
+            break
     return Plan(tuple(batches[:total]), learning_rate, options)
 
 
 def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | None) -> int:
     """Optimizer steps of a run: `steps` where given, else `epochs` passes over the examples, at least one step."""
     return steps if steps is not None else max(1, round(epochs * math.ceil(examples / batch_size)))
-
-
-def shuffled(examples: Sequence[Example], seed: int, epoch: int) -> list[Example]:
-    groups: dict[int, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.group, []).append(example)
-    order = random.Random(f"{seed}/{epoch}")  # a string seed is hashed the same way on every machine
-    keys = list(groups)
-    order.shuffle(keys)
-    result: list[Example] = []
-    for key in keys:
-        order.shuffle(groups[key])
-        result += groups[key]
-    return result
 
 
 def begin(weights: Weights, the_plan: Plan, moving: Moving | None = None) -> Training:
