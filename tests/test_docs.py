@@ -17,6 +17,7 @@ import tolerances
 
 import preftune
 from preftune import methods
+from preftune.checks.codes import CHECKS
 from preftune.cli.app import VERBS
 from preftune.config import VERB_KEYS, TrainKeys, all_keys, build, resolve
 from preftune.config_files import expand, merge, parse_word
@@ -372,6 +373,11 @@ def test_reasons_for_drops_are_those_of_the_code() -> None:
     of_render = {"template_error", "too_long", "identical_tokens"}
     assert all(f'"{code}"' in render for code in of_render)
     assert written == set(CODES) | of_render
+
+
+def test_findings_of_the_check_are_those_of_the_code() -> None:
+    written = {spans(row.cells["finding"])[0]: (row.cells["severity"], row.cells["what was found"]) for row in table("docs/data.md", "finding")}
+    assert written == CHECKS
 
 
 def test_every_room_has_its_floor() -> None:

@@ -113,9 +113,7 @@ def render(
     findings: list[Finding] = []
     for at in range(0, len(groups), _CHUNK):
         for group, rendered in speaker.render(groups[at : at + _CHUNK], findings):
-            rendered, faults = _fit_length(rendered, max_length, too_long, speaker.start_token)
-            faults |= {r.response: _EMPTY for r in rendered if r.length == 0}
-            group, order = without(group, faults, _indistinct(group, rendered), findings)
+            group, rendered, order = fitted(group, rendered, max_length, too_long, speaker.start_token, findings)
             if group.responses or not rendered:
                 first.append(len(sequences))
                 sequences += [replace(rendered[i], group=len(kept), response=n) for n, i in enumerate(order)]
@@ -343,6 +341,21 @@ def _fit_length(
         return rendered, faults
     cut = [replace(r, ids=r.ids[:keep] + r.ids[keep + excess :], start=r.start - excess) for r in rendered]
     return cut, faults
+
+
+def fitted(
+    group: Group,
+    rendered: list[Rendered],
+    limit: int | None,
+    too_long: TooLong,
+    start_token: int | None,
+    findings: list[Finding],
+) -> tuple[Group, list[Rendered], list[int]]:
+    """(the group without what cannot be used within the limit, all its responses as they are cut, the indices of those left)."""
+    cut, faults = _fit_length(rendered, limit, too_long, start_token)
+    faults |= {r.response: _EMPTY for r in cut if r.length == 0}
+    left, order = without(group, faults, _indistinct(group, cut), findings)
+    return left, cut, order
 
 
 def _too_long(message: str) -> Fault:
