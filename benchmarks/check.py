@@ -32,8 +32,15 @@ def write(path: Path, rows: int) -> None:
     with path.open("w", encoding="utf-8") as lines:
         before: dict[str, Any] = {}
         for n in range(rows):
-            prompt, chosen, rejected = (" ".join(draw.choices(words, k=k)) for k in (50, draw.randint(30, 70), draw.randint(30, 70)))
-            row: dict[str, Any] = {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected, "category": words[n % 7]}
+            prompt, chosen, rejected = (
+                " ".join(draw.choices(words, k=k)) for k in (50, draw.randint(30, 70), draw.randint(30, 70))
+            )
+            row: dict[str, Any] = {
+                "prompt": prompt,
+                "chosen": " " + chosen,
+                "rejected": " " + rejected,
+                "category": words[n % 7],
+            }
             if before and n % 1000 == 999:
                 row = before
             elif before and n % 1000 == 499:
@@ -85,8 +92,8 @@ def main() -> None:
         runs.append(json.loads(subprocess.run(ask, check=True, stdout=subprocess.PIPE, text=True).stdout))
         figures = runs[-1]
         print(
-            f"{rows:>9,} rows, {figures['bytes'] / 1e9:.3f} GB: {figures['seconds']:.1f} s, {figures['rows_per_s']:,.0f} rows/s, "
-            f"peak {figures['peak_gb']:.2f} GB",
+            f"{rows:>9,} rows, {figures['bytes'] / 1e9:.3f} GB: {figures['seconds']:.1f} s, "
+            f"{figures['rows_per_s']:,.0f} rows/s, peak {figures['peak_gb']:.2f} GB",
             flush=True,
         )
     common.write(words, "check-tokens" if words.model else "check", {"runs": runs})

@@ -26,7 +26,11 @@ def pair(n: int, **changes: Any) -> dict[str, Any]:
     """A row of its own, with nothing wrong."""
     draw = random.Random(n)
     words = ["".join(draw.choices("abcdefghijklmnop", k=6)) for _ in range(24)]
-    return {"prompt": " ".join(words[:8]), "chosen": " " + " ".join(words[8:16]), "rejected": " " + " ".join(words[16:])} | changes
+    return {
+        "prompt": " ".join(words[:8]),
+        "chosen": " " + " ".join(words[8:16]),
+        "rejected": " " + " ".join(words[16:]),
+    } | changes
 
 
 def findings(report: dict[str, Any], code: str) -> list[dict[str, Any]]:
@@ -142,7 +146,11 @@ def test_a_pair_with_its_columns_exchanged_is_the_same_judgement() -> None:
 
 
 def test_another_annotator_is_a_dispute_and_no_fault() -> None:
-    rows = [pair(1, annotator="ann"), pair(1, annotator="bob"), pair(1, annotator="cy", chosen=pair(1)["rejected"], rejected=pair(1)["chosen"])]
+    rows = [
+        pair(1, annotator="ann"),
+        pair(1, annotator="bob"),
+        pair(1, annotator="cy", chosen=pair(1)["rejected"], rejected=pair(1)["chosen"]),
+    ]
     report = check(rows).report
     assert not [f for f in report["findings"] if f["row"]]
     assert report["repeats"]["pairs_in_dispute"] == 1 and findings(report, "disagreement")
@@ -162,19 +170,14 @@ def test_cycles(edges: Sequence[str], closing: list[int]) -> None:
 
 
 def test_ids_votes_and_scores_are_counted_as_reading_counts_them() -> None:
-    votes = [
-        {"id": "q", "prompt": "p", "responses": [" x", " y"]},
-        {"item": "q", "annotator": "a", "choice": "a"},
-        {"item": "q", "annotator": "a", "choice": "b"},
-        {"item": "lost", "annotator": "a", "choice": "b"},
-    ]
-    report = check([{"path": "rows"}] if False else votes[:1] + votes[:0]).report
-    assert report["rows"] == 1 and report["groups"] == 1
-    scored = [{"prompt": "p", "response": " x", "helpfulness": 1, "correctness": 0, "coherence": 0, "complexity": 0, "verbosity": 0}]
-    scored += [scored[0] | {"response": " y", "helpfulness": 2}, scored[0] | {"prompt": "alone"}]
+    first: dict[str, Any] = dict.fromkeys(("correctness", "coherence", "complexity", "verbosity"), 0)
+    first |= {"prompt": "p", "response": " x", "helpfulness": 1}
+    scored = [first, first | {"response": " y", "helpfulness": 2}, first | {"prompt": "alone"}]
     report = check(scored).report
     assert report["dropped"] == {"no_judgement": 1} and rows_of(report, "no_judgement") == [3]
     assert report["groups"] == 1 and report["judgements"]["comparisons"] == 1
+    named = [{"id": "q", "prompt": prompt, "responses": [" x", " y"], "ranking": [1, 2]} for prompt in ("one", "two")]
+    assert check(named).report["dropped"] == {"bad_value": 1}
 
 
 def test_votes_find_their_items(tmp_path: Path) -> None:
@@ -186,6 +189,13 @@ def test_votes_find_their_items(tmp_path: Path) -> None:
     assert report["dropped"] == {"unknown_item": 1} and report["groups"] == 1
     (turned,) = findings(report, "contradiction")
     assert (turned["file"], turned["row"]) == (str(file), 2), "the same annotator, the other way round"
+
+
+def test_rows_without_a_prompt_share_none() -> None:
+    alone = {"text": "one of a kind"}
+    assert not findings(check([alone], eval_sources=[{"text": "another"}]).report, "shared_prompt")
+    asked = check([pair(1)], eval_sources=[pair(1, chosen=" other")]).report
+    assert rows_of(asked, "shared_prompt") == [1] and asked["repeats"]["shared_prompts"] == 1
 
 
 # -- what the labels favour -----------------------------------------------------------------------------------------------
@@ -326,7 +336,9 @@ def test_tokens_that_stand_twice() -> None:
 
 def test_the_last_question_is_not_cut_in_silence() -> None:
     talk = (Message("user", "one"), Message("assistant", "two"), Message("user", "three"))
-    assert last_turn(talk) == talk[:2] and last_turn("\n\nHuman: a\n\nAssistant: b\n\nHuman: c") == "\n\nHuman: a\n\nAssistant: b"
+    assert (
+        last_turn(talk) == talk[:2] and last_turn("\n\nHuman: a\n\nAssistant: b\n\nHuman: c") == "\n\nHuman: a\n\nAssistant: b"
+    )
     asked = "and " * 30
     rows = [*TALK, {**TALK[0], "prompt": [{"role": "user", "content": asked}]}]
     report = tokens_of(rows, template=CHAT, limit=30, too_long="truncate_prompt_start")
@@ -363,7 +375,15 @@ def test_the_page_shows_hostile_text_as_text(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_quick_part_says_the_same_as_the_check() -> None:
-    rows = [pair(1), pair(2), pair(1), pair(2, chosen=pair(2)["rejected"], rejected=pair(2)["chosen"]), edge("x", "y"), edge("y", "z"), edge("z", "x")]
+    rows = [
+        pair(1),
+        pair(2),
+        pair(1),
+        pair(2, chosen=pair(2)["rejected"], rejected=pair(2)["chosen"]),
+        edge("x", "y"),
+        edge("y", "z"),
+        edge("z", "x"),
+    ]
     line, found = quick(read(rows))
     assert {(f.code, f.row) for f in found if f.row} == {
         ("duplicate_row", 3), ("contradiction", 4), ("preference_cycle", 7),

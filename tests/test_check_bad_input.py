@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from command import PAIRS, call
 
 from preftune.checks.check import check
+from preftune.data.readers import TEXT_READERS, BrokenFile, Place
 from preftune.errors import Refusal
 
 GOOD = b"".join(json.dumps(row).encode() + b"\n" for row in PAIRS[:4])
@@ -36,7 +39,7 @@ CASES: dict[str, tuple[str, bytes, str]] = {
     "0 bytes": ("a.jsonl", b"", "empty"),
     "only blank lines": ("a.jsonl", b"\n\n  \n", "empty"),
     "a quote that is never closed": ("a.csv", CSV + b'"A dog, sang, left\n' + b"more, of, it\n" * 10_000, "bad_csv"),
-    "10,000 columns": ("a.csv", ",".join(f"c{n}" for n in range(10_000)).encode() + b"\n" + b"1," * 9_999 + b"1\n", "no_known_columns"),
+    "10,000 columns": ("a.csv", b",".join(b"c%d" % n for n in range(10_000)) + b"\n1" + b",1" * 9_999, "no_known_columns"),
     "no header": ("a.csv", b"\n", "no_header"),
     "an unknown ending": ("a.bin", b"\x00\x01", "unknown_kind"),
     "no Parquet": ("a.parquet", b"PAR1 and so on", "bad_parquet"),
@@ -56,7 +59,17 @@ def test_a_bad_file_is_one_line(name: str, tmp_path: Path, capsys: pytest.Captur
     assert said[-1].startswith("preftune: ") and len(said[-1]) < 1000 and "Traceback" not in answer.err
 
 
-@pytest.mark.parametrize(("place", "code"), [("folder", "not_found"), ("no/such-data-set", "not_on_hub"), ("gone.jsonl", "not_found")])
+def test_what_is_read_of_a_long_row_is_bounded() -> None:
+    stream = io.BytesIO(GOOD + b"x" * 100 * SMALL)
+    with pytest.raises(BrokenFile, match="longer than"):
+        list(TEXT_READERS["jsonl"](stream, Place()))
+    assert stream.tell() <= len(GOOD) + SMALL + 1
+
+
+PLACES = [("folder", "not_found"), ("no/such-data-set", "not_on_hub"), ("gone.jsonl", "not_found")]
+
+
+@pytest.mark.parametrize(("place", "code"), PLACES)
 def test_a_place_without_data_is_one_line(
     place: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,17 +102,23 @@ def test_nested_nulls_are_faults_of_their_rows() -> None:
 
 # -- random -----------------------------------------------------------------------------------------------------------------
 
-KEYS = ("prompt", "chosen", "rejected", "messages", "label", "response", "responses", "ranking", "item", "annotator", "choice", "id",
-        "instruction", "output", "completions", "conversations", "text", "score", "preference", "weight", "tools", "system", "category",
-        "fields", "data", "annotations", "response1", "response2", "annotator1", "labels", "history")  # fmt: skip
+KEYS = re.findall(
+    r"\w+",
+    "prompt chosen rejected messages label response responses ranking item annotator choice id instruction output completions "
+    "conversations text score preference weight tools system category fields data annotations response1 response2 annotator1 "
+    "labels history",
+)
+LETTERS = [*range(32, 127), 0, 10, 0xD800, 0x1F600, 0x202E]
 
 
 def anything(draw: random.Random, depth: int = 0) -> Any:
     simple: list[Callable[[], Any]] = [
-        lambda: None, lambda: draw.random() < 0.5, lambda: draw.randint(-(10**20), 10**20), lambda: draw.choice([0, 1, 2, -1, 1e308]),
-        lambda: "".join(chr(draw.choice([*range(32, 127), 0, 10, 0xD800, 0x1F600, 0x202E])) for _ in range(draw.randint(0, 12))),
+        lambda: None,
+        lambda: draw.random() < 0.5,
+        lambda: draw.choice([0, 1, 2, -1, 1e308, draw.randint(-(10**20), 10**20)]),
+        lambda: "".join(chr(draw.choice(LETTERS)) for _ in range(draw.randint(0, 12))),
         lambda: draw.choice(["", " ", "a", "\n\nHuman: q\n\nAssistant: a", "user", "assistant", "b", "tie"]),
-    ]  # fmt: skip
+    ]
     if depth < 4 and draw.random() < 0.45:
         if draw.random() < 0.5:
             return [anything(draw, depth + 1) for _ in range(draw.randint(0, 3))]
@@ -113,9 +132,9 @@ def random_file(draw: random.Random) -> tuple[str, bytes]:
     columns = draw.sample(KEYS, draw.randint(1, 6)) + draw.choice([[], ["prompt", "chosen", "rejected"]])
     rows = [PAIRS[n] if draw.random() < 0.4 else {c: anything(draw) for c in columns} for n in range(draw.randint(0, 8))]
     ending = draw.choice(["jsonl", "json", "csv", "tsv", "txt", "parquet", "jsonl.gz", "csv.gz"])
-    content = json.dumps(rows).encode() if "json" == ending else b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    content = json.dumps(rows).encode() if ending == "json" else b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     if draw.random() < 0.2:
-        content = bytes(draw.choices([*b'{}[]",:\n\r\t \\u0 aé"'], k=draw.randint(0, 300)))
+        content = bytes(draw.choices([*b'{}[]",:\n\r\t \\u0 a\xc3\xa9"'], k=draw.randint(0, 300)))
     for _ in range(draw.choice([0, 0, 1, 3])):  # torn
         at = draw.randint(0, len(content))
         content = content[:at] + bytes(draw.choices(range(256), k=draw.randint(0, 3))) + content[at + draw.randint(0, 5) :]

@@ -376,7 +376,10 @@ def test_reasons_for_drops_are_those_of_the_code() -> None:
 
 
 def test_findings_of_the_check_are_those_of_the_code() -> None:
-    written = {spans(row.cells["finding"])[0]: (row.cells["severity"], row.cells["what was found"]) for row in table("docs/data.md", "finding")}
+    written = {
+        spans(row.cells["finding"])[0]: (row.cells["severity"], row.cells["what was found"])
+        for row in table("docs/data.md", "finding")
+    }
     assert written == CHECKS
 
 

@@ -172,7 +172,8 @@ class CheckKeys(Group):
     eval_data: Sources = Field(default=[], description="Held-out data: prompts that stand in DATA too are named.")
     near_duplicates: bool = Field(default=False, description="Also look for rows that are almost the same: takes longer.")
     count: list[str] = Field(
-        default=["source", "category"], description="Columns of the file whose values are counted; those not there do not matter."
+        default=["source", "category"],
+        description="Columns of the file whose values are counted; those not there do not matter.",
     )
     out: Place | None = Field(default=None, description="An .html file for the whole report.")
     overwrite: bool = Field(default=False, description="Replace the file at out.")

@@ -14,8 +14,8 @@ from typing import Any
 
 
 class PreftuneError(Exception):
-    """One line for a person, and its parts for a program (`--json`). `document`: what a program gets instead, where the work was
-    done and its result is the reason."""
+    """One line for a person, and its parts for a program (`--json`). `document`: what a program gets instead, where the work
+    was done and its result is the reason."""
 
     exit_code = 1
 

@@ -73,7 +73,11 @@ def position_bias(table: Table, ordered: Bools) -> tuple[dict[str, Any] | None, 
     prompt = _numbers(table.group[table.row])
     result: dict[str, Any] = {
         "comparisons": int(used.sum()),
-        "by": "shown first" if known[used].all() else "first column" if not known[used].any() else "shown first or first column",
+        "by": "shown first"
+        if known[used].all()
+        else "first column"
+        if not known[used].any()
+        else "shown first or first column",
         **_share("first_preferred", first[used], np.ones(int(used.sum()), bool), prompt[used]),
     }
     share, ends = result["first_preferred"], result["first_preferred_interval"]
@@ -81,8 +85,8 @@ def position_bias(table: Table, ordered: Bools) -> tuple[dict[str, Any] | None, 
         return result, []
     side = "first" if share > 0.5 else "second"
     what = (
-        f"the {side} answer wins {max(share, 1 - share):.1%} of {result['comparisons']:,} comparisons ({result['by']}), 50 % by "
-        "chance: have both orders judged, or shown in random order"
+        f"the {side} answer wins {max(share, 1 - share):.1%} of {result['comparisons']:,} comparisons ({result['by']}), 50 % "
+        "by chance: have both orders judged, or shown in random order"
     )
     return result, [finding("position_bias", what, mild=abs(share - 0.5) < FAR)]
 

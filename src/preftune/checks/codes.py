@@ -16,7 +16,7 @@ CHECKS = {
     "duplicate_row": Code("warning", "the row says again what an earlier one says, of the same annotator"),
     "near_duplicate": Code("warning", "its prompt and answers are almost those of an earlier row"),
     "contradiction": Code("warning", "the same two answers were judged the other way round in an earlier row"),
-    "preference_cycle": Code("warning", "with earlier rows, each answer of a prompt is better than the next, round in a circle"),
+    "preference_cycle": Code("warning", "with earlier rows, each answer of a prompt is better than the next, in a circle"),
     "answers_alike": Code("warning", "the answers differ in case, spacing and punctuation alone"),
     "shared_prompt": Code("warning", "the prompt of a held-out row stands in the training data too"),
     "length_bias": Code("warning", "the longer answer wins much more or much less often than by chance"),

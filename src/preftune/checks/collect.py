@@ -221,5 +221,3 @@ def _lengths(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[int, i
     if better.startswith(HUMAN) and worse.startswith(HUMAN):
         better, worse = (said[said.rfind(ASSISTANT) + len(ASSISTANT) :] for said in (better, worse))
     return len(better), len(worse)
-
-

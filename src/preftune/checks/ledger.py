@@ -171,7 +171,8 @@ def _keys(values: bytearray) -> Keys:
 class Table:
     """R rows and M judgements, in the order read.
 
-    entry, file, number, prompt, group: [R]; entry counts the rows of the ledger, dropped ones too. row: [M] index of the judgement's row. kind, a, b, preference, who, size_a, size_b, side:
+    entry, file, number, prompt, group: [R]; entry counts the rows of the ledger, dropped ones too.
+    row: [M] index of the judgement's row. kind, a, b, preference, who, size_a, size_b, side:
     [M]; a and b are digests of answers, b of one alone is 0; side: 1 where a was shown first, -1 where b was, 0 unknown.
     """
 

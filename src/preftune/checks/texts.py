@@ -20,25 +20,32 @@ APART = 0.02  # between the shares of both sides
 
 # English alone: what other languages say is not counted
 _HINTS = ("sorry", "can't", "can’t", "cannot", "unable", "not able", "won't", "won’t", "not comfortable", "as an ai", "apologi")
+_NOT = r"\b(?:can['’]?t|cannot|can not|unable|not able|won['’]?t|will not|not comfortable)\b"
+_DONE = r"(?:help|assist|do|provide|answer|give|tell|support|comply|create|write|fulfil)"
 _REFUSAL = re.compile(
-    r"^\W*(?:(?:well|hmm?|oh|no|um+|uh+)\W+)*"
-    r"(?:(?:i['’]?m|i am)\s+(?:very |so |really |truly )?(?:sorry|afraid)\b.{0,60}?\b(?:can['’]?t|cannot|can not|unable|not able|won['’]?t|not comfortable|do not|don['’]?t)\b"
-    r"|(?:sorry|i apologi[sz]e|apologies)\b.{0,40}?\b(?:i|we)\b.{0,20}?\b(?:can['’]?t|cannot|unable|not able|won['’]?t)\b"
-    r"|i\s+(?:can['’]?t|cannot|can not|won['’]?t|will not)\s+(?:help|assist|do|provide|answer|give|tell|support|comply|create|write|fulfil)"
-    r"|i(?:['’]m| am)\s+(?:unable|not able|not comfortable|not going)\b"
-    r"|as an ai\b.{0,80}?\b(?:can['’]?t|cannot|unable|not able|don['’]?t|do not)\b)"
-)  # fmt: skip
+    r"\W*(?:(?:well|hmm?|oh|no|um+|uh+)\W+)*(?:"
+    rf"i(?:['’]?m| am) (?:very |so |really |truly )?(?:sorry|afraid)\b.{{0,60}}?{_NOT}"
+    rf"|(?:sorry|i apologi[sz]e|apologies)\b.{{0,40}}?\b(?:i|we)\b.{{0,20}}?{_NOT}"
+    rf"|i (?:can['’]?t|cannot|can not|won['’]?t|will not) {_DONE}"
+    r"|i(?:['’]m| am) (?:unable|not able|not comfortable|not going)\b"
+    rf"|as an ai\b.{{0,80}}?(?:{_NOT}|\bdo(?:n['’]?t| not)\b)"
+    r")"
+)
 PHRASES = (
     "as an ai", "i hope this helps", "let me know if", "is there anything else", "feel free to", "it's important to note",
     "it is important to note", "great question", "certainly!", "i'd be happy to", "in conclusion", "happy to help",
 )  # fmt: skip
 _WORDS = re.compile(r"[^\W\d_]{4,}")
+# the commonest words, which say nothing of a topic
 _COMMON = frozenset(
-    "about above after again also because been before being below between both cannot could does doing down during each "
-    "even every from further give have having here hers herself himself into itself just know like make many more most much "
-    "myself need only other over please same should some such tell than that their them then there these they this those "
-    "through under until very want were what when where which while will with would write your yours yourself human "
-    "assistant really think them going good well using used following".split()
+    re.findall(
+        r"\w+",
+        "about above after again also assistant because been before being below between both cannot could does doing down "
+        "during each even every following from further give going good have having here hers herself himself human into itself "
+        "just know like make many more most much myself need only other over please really same should some such tell than "
+        "that their them then there these they think this those through under until used using very want well were what when "
+        "where which while will with would write your yours yourself",
+    )
 )
 
 

@@ -351,7 +351,7 @@ def fitted(
     start_token: int | None,
     findings: list[Finding],
 ) -> tuple[Group, list[Rendered], list[int]]:
-    """(the group without what cannot be used within the limit, all its responses as they are cut, the indices of those left)."""
+    """(the group without what cannot be used within the limit, all its responses as they are cut, indices of those left)."""
     cut, faults = _fit_length(rendered, limit, too_long, start_token)
     faults |= {r.response: _EMPTY for r in cut if r.length == 0}
     left, order = without(group, faults, _indistinct(group, cut), findings)

@@ -105,7 +105,9 @@ def _bias(report: Json) -> Section:
     length, position = mapping(report.get("length_bias")), mapping(report.get("position_bias"))
     lines: list[Line] = []
     if length:
-        lines.append(_share(length, "longer_preferred", f"longer answer preferred, of {figure(length['comparisons'])}", length["chance"]))
+        lines.append(
+            _share(length, "longer_preferred", f"longer answer preferred, of {figure(length['comparisons'])}", length["chance"])
+        )
         lines.append(_share(length, "without_equal", f"without {figure(length['equal'])} of equal length", 0.5))
         lines.append(Line("median characters", f"{figure(length['better'])} better, {figure(length['worse'])} worse"))
     if position:
@@ -139,9 +141,17 @@ def _tokens(report: Json) -> Section:
     lines: list[Line] = []
     for name, label in (("prompt", "prompt"), ("response", "answer"), ("row", "prompt and longest answer")):
         if quantiles := mapping(held.get(name)):
-            lines.append(Line(label, figure(quantiles["median"]), ", ".join(f"{n} {figure(v)}" for n, v in list(quantiles.items())[1:])))
+            lines.append(
+                Line(label, figure(quantiles["median"]), ", ".join(f"{n} {figure(v)}" for n, v in list(quantiles.items())[1:]))
+            )
     if held.get("one_by_one"):
-        lines.append(Line("tokens of an epoch", figure(held["shared"]), f"{percent(held['saved'])} fewer than with a prompt copy per answer"))
+        lines.append(
+            Line(
+                "tokens of an epoch",
+                figure(held["shared"]),
+                f"{percent(held['saved'])} fewer than with a prompt copy per answer",
+            )
+        )
     return Section("Tokens", "Median, then the share of rows that is below.", lines)
 
 
@@ -149,10 +159,20 @@ def _cut(report: Json) -> Section:
     held = mapping(report.get("tokens"))
     if not held:
         return Section("", "", [])
-    limit = f"{figure(held.get('over'))} of {figure(held.get('rows'))} rows are over max_length {figure(held.get('max_length'))}."
-    names = {"tokens": "tokens cut", "dropped": "rows dropped", "only_difference": "rows whose only difference is cut", "last_turn": "rows whose last question is cut"}
+    limit = (
+        f"{figure(held.get('over'))} of {figure(held.get('rows'))} rows are over max_length {figure(held.get('max_length'))}."
+    )
+    names = {
+        "tokens": "tokens cut",
+        "dropped": "rows dropped",
+        "only_difference": "rows whose only difference is cut",
+        "last_turn": "rows whose last question is cut",
+    }
     lines = [
-        Line(f"data.too_long={way}", ", ".join(f"{figure(counts[key])} {label}" for key, label in names.items() if counts.get(key)) or "0 rows dropped")
+        Line(
+            f"data.too_long={way}",
+            ", ".join(f"{figure(counts[key])} {label}" for key, label in names.items() if counts.get(key)) or "0 rows dropped",
+        )
         for way, each in mapping(held.get("cut")).items()
         if (counts := mapping(each))
     ]
@@ -163,7 +183,9 @@ def _run(report: Json) -> Section:
     held = mapping(report.get("run"))
     if not held:
         return Section("", "", [])
-    lines = [Line("steps", figure(held.get("steps")), f"of {figure(held.get('batch_size'))}, one epoch of {held.get('method')}")]
+    lines = [
+        Line("steps", figure(held.get("steps")), f"of {figure(held.get('batch_size'))}, one epoch of {held.get('method')}")
+    ]
     memory, free, seconds = (number(held.get(key)) for key in ("memory_gb", "free_gb", "seconds"))
     if memory is not None:
         lines.append(Line("memory", f"{figure(memory)} GB", f"{figure(free)} GB free here" if free is not None else ""))
@@ -183,7 +205,10 @@ class Answer:
 def drawn(report: Json) -> list[tuple[str, list[Answer]]]:
     """(file:row, its answers)."""
     return [
-        (f"{Path(str(row['file'])).name}:{row['row']}", [Answer(str(r["column"]), r["tokens"]) for r in objects(row.get("responses"))])
+        (
+            f"{Path(str(row['file'])).name}:{row['row']}",
+            [Answer(str(r["column"]), r["tokens"]) for r in objects(row.get("responses"))],
+        )
         for row in objects(mapping(report.get("tokens")).get("drawn"))
     ]
 
@@ -206,7 +231,13 @@ def balance(report: Json) -> list[Shares]:
         found.append(Shares(f"By {column}", note, [(v, percent(s), s) for v, s in mapping(held.get("shares")).items()]))
     texts = mapping(report.get("texts"))
     if words := mapping(texts.get("words")):
-        found.append(Shares("By words of the prompt", f"{figure(texts.get('prompts'))} prompts; the last message of each", [(w, percent(s), s) for w, s in words.items()]))
+        found.append(
+            Shares(
+                "By words of the prompt",
+                f"{figure(texts.get('prompts'))} prompts; the last message of each",
+                [(w, percent(s), s) for w, s in words.items()],
+            )
+        )
     return found
 
 

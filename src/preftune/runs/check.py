@@ -1,4 +1,4 @@
-"""`preftune check`: the rows against each other, and where a model is named, what its tokenizer makes of them and what a run takes."""
+"""`preftune check`: the rows against each other; with a model also what its tokenizer makes of them and what a run takes."""
 
 from __future__ import annotations
 

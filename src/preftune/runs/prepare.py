@@ -18,7 +18,7 @@ from preftune.data.render import Batch, TooLong, render
 from preftune.data.split import split
 from preftune.data.template import read_template
 from preftune.errors import Refusal
-from preftune.records import Finding, Group
+from preftune.records import Group
 
 log = logging.getLogger("preftune")
 

@@ -27,8 +27,8 @@ def show(keys: TrainKeys, rendered: Rendered, tokenizer: Any) -> dict[str, Any]:
 
     Returns:
         `method, examples, groups, held_out` (groups), `steps, batch_size, tokens_per_epoch` (each row once), `longest`
-        (tokens), `max_length`, `fixed_gb, memory_gb, free_gb, seconds, tokens_per_microbatch` (estimates; None where the model cannot be
-        built without its weights), `rows` (texts).
+        (tokens), `max_length`, `fixed_gb, memory_gb, free_gb, seconds, tokens_per_microbatch` (estimates; None where the model
+        cannot be built without its weights), `rows` (texts).
     """
     from preftune.runs.job import plan_of
     from preftune.training.estimate import pass_tokens
