@@ -61,15 +61,22 @@ def measured(path: Path, model: str | None) -> dict[str, Any]:
         from preftune.models.load import load_tokenizer
 
         tokens = Tokens(load_tokenizer(model), limit=None, too_long="drop", template=None)
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     report = check(str(path), tokens=tokens).report
-    seconds = time.perf_counter() - began
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
     size = path.stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {"rows": report["rows"], "dropped": report["dropped"], "repeats": report["repeats"]}
     if tokens:
         found["tokens"] = report["tokens"]["one_by_one"]
-    return {**found, "bytes": size, "seconds": seconds, "rows_per_s": report["rows"] / seconds, "peak_gb": peak / 1e9}
+    return {
+        **found,
+        "bytes": size,
+        "seconds": seconds,
+        "cpu_seconds": busy,
+        "rows_per_s": report["rows"] / seconds,
+        "peak_gb": peak / 1e9,
+    }
 
 
 def main() -> None:
@@ -90,10 +97,10 @@ def main() -> None:
             write(path, rows)
         ask = [sys.executable, __file__, "--one", str(path), *(["--model", words.model] if words.model else [])]
         runs.append(json.loads(subprocess.run(ask, check=True, stdout=subprocess.PIPE, text=True).stdout))
-        figures = runs[-1]
+        found = runs[-1]
         print(
-            f"{rows:>9,} rows, {figures['bytes'] / 1e9:.3f} GB: {figures['seconds']:.1f} s, "
-            f"{figures['rows_per_s']:,.0f} rows/s, peak {figures['peak_gb']:.2f} GB",
+            f"{rows:>9,} rows, {found['bytes'] / 1e9:.3f} GB: {found['seconds']:.1f} s, "
+            f"{found['cpu_seconds']:.1f} s of one core, {found['rows_per_s']:,.0f} rows/s, peak {found['peak_gb']:.2f} GB",
             flush=True,
         )
     common.write(words, "check-tokens" if words.model else "check", {"runs": runs})

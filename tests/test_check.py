@@ -131,8 +131,8 @@ def test_pandalm_answers_that_are_true(shared: Any) -> None:
     found = findings(report, "wrong_type")
     assert [f["row"] for f in found] == [158, 159, 160, 162, 163, 165]
     assert {f["column"] for f in found} <= {"response1", "response2"}
-    assert not findings(report, "contradiction") and not findings(report, "duplicate_row")
-    assert report["repeats"]["pairs_in_dispute"] > 0, "its annotators differ, and that is no contradiction"
+    assert not {58, 141} & {f["row"] for f in findings(report, "contradiction")}
+    assert report["repeats"]["pairs_in_dispute"] > 50, "its annotators differ, and that is no contradiction"
 
 
 # -- rows against each other ----------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_ids_votes_and_scores_are_counted_as_reading_counts_them() -> None:
     report = check(scored).report
     assert report["dropped"] == {"no_judgement": 1} and rows_of(report, "no_judgement") == [3]
     assert report["groups"] == 1 and report["judgements"]["comparisons"] == 1
-    named = [{"id": "q", "prompt": prompt, "responses": [" x", " y"], "ranking": [1, 2]} for prompt in ("one", "two")]
+    named = [{"id": "q", "prompt": prompt, "responses": [" x", " y"], "ranking": [[0], [1]]} for prompt in ("one", "two")]
     assert check(named).report["dropped"] == {"bad_value": 1}
 
 
@@ -289,15 +289,15 @@ def test_tokens_are_those_that_training_has() -> None:
 
 
 def test_what_max_length_cuts() -> None:
-    alike_at_first = " one two three four five six seven eight"
+    alike_at_first = " one two three four five six seven eight" * 2
     rows = [{"prompt": "A cat", "chosen": alike_at_first + " nine", "rejected": alike_at_first + " ten"}, PAIRS[0]]
     whole = tokens_of(rows)["tokens"]["row"]["max"]
-    report = tokens_of(rows, limit=whole - 4)
+    report = tokens_of(rows, limit=whole - 6)
     assert report["dropped"] == {"too_long": 1} and rows_of(report, "too_long") == [1]
     cut = report["tokens"]["cut"]
     assert report["tokens"]["over"] == 1 and cut["truncate_response"]["only_difference"] == 1
     assert cut["truncate_prompt_start"].get("dropped", 0) == 1 or cut["truncate_prompt_start"]["tokens"] > 0
-    report = tokens_of(rows, limit=whole - 4, too_long="truncate_response")
+    report = tokens_of(rows, limit=whole - 6, too_long="truncate_response")
     assert rows_of(report, "identical_tokens") == [1] and report["kept"] == 1
 
 
@@ -339,9 +339,9 @@ def test_the_last_question_is_not_cut_in_silence() -> None:
     assert (
         last_turn(talk) == talk[:2] and last_turn("\n\nHuman: a\n\nAssistant: b\n\nHuman: c") == "\n\nHuman: a\n\nAssistant: b"
     )
-    asked = "and " * 30
+    asked = "and " * 60
     rows = [*TALK, {**TALK[0], "prompt": [{"role": "user", "content": asked}]}]
-    report = tokens_of(rows, template=CHAT, limit=30, too_long="truncate_prompt_start")
+    report = tokens_of(rows, template=CHAT, limit=100, too_long="truncate_prompt_start")
     assert rows_of(report, "last_turn_cut") == [3]
 
 
@@ -357,7 +357,7 @@ def test_a_run_is_estimated_and_rows_are_drawn(tmp_path: Path, capsys: pytest.Ca
     trained = [text for text, is_trained in drawn[0]["responses"][0]["tokens"] if is_trained]
     assert trained[-1] == tiny.tokenizer().eos_token and "".join(trained[:-1]).replace("Ġ", " ") == PAIRS[0]["chosen"]
     source = page.read_text(encoding="utf-8")
-    assert 'class="trained"' in source and "http" not in source and "<script" not in source
+    assert 'class="trained"' in source and "://" not in source and "<script" not in source
     assert "⟦" in call(capsys, "check", str(data), f"model={model}").out
 
 
@@ -388,8 +388,9 @@ def test_the_quick_part_says_the_same_as_the_check() -> None:
     assert {(f.code, f.row) for f in found if f.row} == {
         ("duplicate_row", 3), ("contradiction", 4), ("preference_cycle", 7),
     }  # fmt: skip
-    for said in ("duplicate rows: 1", "contradictions: 1", "preference cycles: 1", "longer answer wins"):
-        assert said in line
+    assert line == "check: duplicate rows: 1; contradictions: 1; preference cycles: 1"
+    many, _ = quick(read([pair(n, chosen=" long enough") for n in range(40)]))
+    assert "shorter" not in many and "the longer answer wins 0.0% of comparisons" in many
 
 
 def test_groups_made_in_python_are_checked_too() -> None:
@@ -416,5 +417,5 @@ def test_refused_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ):
         answer = call(capsys, "check", *words, "--json")
         assert answer.code == 2 and answer.error["key"] == key
-    with pytest.raises(Refusal, match="is empty"):
+    with pytest.raises(Refusal, match="no data"):
         check([])

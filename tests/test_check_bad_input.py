@@ -66,7 +66,7 @@ def test_what_is_read_of_a_long_row_is_bounded() -> None:
     assert stream.tell() <= len(GOOD) + SMALL + 1
 
 
-PLACES = [("folder", "not_found"), ("no/such-data-set", "not_on_hub"), ("gone.jsonl", "not_found")]
+PLACES = [("folder", "not_found"), ("gone.jsonl", "not_found"), ("~/gone.csv", "not_found"), ("data", "not_found")]
 
 
 @pytest.mark.parametrize(("place", "code"), PLACES)

@@ -159,7 +159,7 @@ def test_shell_lines_resolve(page: str, line: str, tmp_path: Path, monkeypatch: 
     for name, text in yaml_files().items():
         Path(name).write_text(text, encoding="utf-8")
     verb, words = check_words(line)
-    if verb in ("merge", "report", "convert"):
+    if verb in ("merge", "report", "convert", "check"):
         assert [w for w in words if "=" not in w], "a run or a file has to be named"
         words = [w for w in words if "=" in w]
     if verb in VERB_KEYS:

@@ -25,7 +25,7 @@ class Balance:
         for column, counts in self._counts.items():
             if (held := row.get(column)) is not None:
                 self._rows[column] += 1
-                counts.add(((as_text(held) or short(held))[:80],))
+                counts.one((as_text(held) or short(held))[:80])
 
     def summary(self) -> dict[str, Any]:
         """By column: `rows` that have it, `values`, and the `shares` of the most frequent ones."""

@@ -12,6 +12,7 @@ from preftune.checks.ledger import Bools, Ints, Keys, Table
 from preftune.evaluation.intervals import share_interval
 from preftune.records import Finding
 
+FEW = 30  # comparisons: of fewer, nothing can be said
 FAR = 0.1  # from chance: a bias that training will learn, and worth a warning
 
 
@@ -49,7 +50,7 @@ def length_bias(table: Table, dropped: Sequence[tuple[int, int]] = ()) -> tuple[
         "worse": float(np.median(worse)),
     }
     share, ends = result["without_equal"], result["without_equal_interval"]
-    if share is None or ends[0] <= 0.5 <= ends[1]:
+    if share is None or unequal.sum() < FEW or ends[0] <= 0.5 <= ends[1]:
         return result, []
     side = "longer" if share > 0.5 else "shorter"
     what = (
@@ -81,7 +82,7 @@ def position_bias(table: Table, ordered: Bools) -> tuple[dict[str, Any] | None, 
         **_share("first_preferred", first[used], np.ones(int(used.sum()), bool), prompt[used]),
     }
     share, ends = result["first_preferred"], result["first_preferred_interval"]
-    if ends[0] <= 0.5 <= ends[1]:
+    if used.sum() < FEW or ends[0] <= 0.5 <= ends[1]:
         return result, []
     side = "first" if share > 0.5 else "second"
     what = (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from preftune.checks.balance import COLUMNS
-from preftune.checks.bias import length_bias, position_bias
+from preftune.checks.bias import FEW, length_bias, position_bias
 from preftune.checks.codes import finding
 from preftune.checks.collect import Collect, ledger_of
 from preftune.checks.ledger import COMPARISON, DEMONSTRATION, JOINED, RATING, Table
@@ -99,7 +99,7 @@ def quick(groups: Sequence[Group]) -> tuple[str, list[Finding]]:
     found, counts = _repeats(table)
     length, bias = length_bias(table)
     said = [f"{what}: {number:,}" for what, number in counts.items() if number]
-    if length and length["without_equal"] is not None:
+    if length and length["comparisons"] - length["equal"] >= FEW:
         said.append(f"the longer answer wins {length['without_equal']:.1%} of comparisons of unequal length (50 % by chance)")
     line = "; ".join(said) or "no row says again, or the other way round, what another says"
     return f"check: {line}", [*found, *bias]
@@ -166,9 +166,10 @@ def _analysed(table: Table, collect: Collect, held: Collect | None) -> tuple[lis
     """What the rows say together."""
     found, counts = _repeats(table)
     length, of_length = length_bias(table, collect.dropped_lengths)
+    texts = collect.texts.summary()
     files = [n for n, name in enumerate(table.files) if name in collect.ordered]
     position, of_position = position_bias(table, np.isin(table.file[table.row], files))
-    found += [*of_length, *of_position, *collect.texts.findings(), *collect.balance.findings()]
+    found += [*of_length, *of_position, *collect.texts.findings(texts), *collect.balance.findings()]
     figures: dict[str, Any] = {"repeats": {name.replace(" ", "_"): number for name, number in counts.items()}}
     if collect.near:
         near = collect.near.findings(table)
@@ -182,7 +183,7 @@ def _analysed(table: Table, collect: Collect, held: Collect | None) -> tuple[lis
     return found, figures | {
         "length_bias": length,
         "position_bias": position,
-        "texts": collect.texts.summary(),
+        "texts": texts,
         "balance": balance,
     }
 

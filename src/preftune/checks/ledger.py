@@ -60,6 +60,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.files: list[str] = []
+        self._names: dict[str, int] = {}
         self._file, self._number = array("I"), array("Q")
         self._prompt, self._group = bytearray(), bytearray()
         self._row, self._kind, self._side = array("I"), array("B"), array("b")
@@ -73,9 +74,10 @@ class Ledger:
 
     def file(self, name: str) -> int:
         """The number of a file; the same name twice is the same file."""
-        if name not in self.files:
+        number = self._names.setdefault(name, len(self.files))
+        if number == len(self.files):
             self.files.append(name)
-        return self.files.index(name)
+        return number
 
     def row(self, file: int, number: int, prompt: bytes, group: bytes) -> int:
         """A new row; group: the prompt with whatever else keeps it apart."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from typing import Any, Literal
 
 from preftune.checks.codes import finding
@@ -15,6 +16,7 @@ Side = Literal["better", "worse", "other"]
 HEAD, BODY = 200, 20_000  # characters that are looked at: for a refusal, and for everything else
 CAPACITY = 50_000  # different words, or beginnings, that are counted at a time
 SHOWN = 20
+ALL, SOME = 20_000, 10  # prompts whose words are counted: so many from the start, then one of ten
 MANY = 0.05  # of the answers
 APART = 0.02  # between the shares of both sides
 
@@ -35,7 +37,7 @@ PHRASES = (
     "as an ai", "i hope this helps", "let me know if", "is there anything else", "feel free to", "it's important to note",
     "it is important to note", "great question", "certainly!", "i'd be happy to", "in conclusion", "happy to help",
 )  # fmt: skip
-_WORDS = re.compile(r"[^\W\d_]{4,}")
+_PUNCTUATION = str.maketrans(dict.fromkeys(".,;:!?()[]{}<>\"“”«»‘’'`*_/\\|#=+-–—~…", " "))
 # the commonest words, which say nothing of a topic
 _COMMON = frozenset(
     re.findall(
@@ -61,14 +63,25 @@ class Frequent:
         self._capacity = capacity
 
     def add(self, things: Iterable[str]) -> None:
+        """Each of them once."""
         self.counts.update(things)
+        if len(self.counts) > self._capacity:
+            self._forget()
+
+    def one(self, thing: str) -> None:
+        self.counts[thing] += 1
+        if len(self.counts) > self._capacity:
+            self._forget()
+
+    def _forget(self) -> None:
         while len(self.counts) > self._capacity:
             self.lost += 1
             self.counts = Counter({thing: n - 1 for thing, n in self.counts.items() if n > 1})
 
-    def most(self, number: int = SHOWN) -> list[tuple[str, int]]:
+    def most(self, number: int = SHOWN, but: Callable[[str], bool] = lambda thing: False) -> list[tuple[str, int]]:
         """(thing, count), the most frequent first; of equally frequent ones by the alphabet."""
-        return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))[:number]
+        left = ((thing, count) for thing, count in self.counts.items() if not but(thing))
+        return nsmallest(number, left, key=lambda item: (-item[1], item[0]))
 
 
 @dataclass
@@ -87,26 +100,28 @@ class Texts:
     def __init__(self) -> None:
         self.sides: dict[Side, _Answers] = {"better": _Answers(), "worse": _Answers(), "other": _Answers()}
         self.words = Frequent()
-        self.prompts = 0
+        self.prompts = self._seen = 0
 
     def prompt(self, content: Content) -> None:
+        self._seen += 1
+        if self._seen > ALL and self._seen % SOME:
+            return
         said = (content if isinstance(content, str) else content[-1].content if content else "")[-BODY:].lower()
         if said:
             self.prompts += 1
-            self.words.add(set(_WORDS.findall(said)) - _COMMON)
+            self.words.add(set(said.translate(_PUNCTUATION).split()))
 
     def answer(self, content: Content, side: Side) -> None:
         found = self.sides[side]
         found.answers += 1
         said = (content if isinstance(content, str) else content[-1].content if content else "")[:BODY].lower()
         found.refusals += refuses(said)
-        for phrase in PHRASES:
-            if phrase in said:
-                found.phrases[phrase] += 1
-        found.beginnings.add((" ".join(said[:80].split(None, 3)[:3]),))
+        for phrase in [phrase for phrase in PHRASES if phrase in said]:
+            found.phrases[phrase] += 1
+        found.beginnings.one(" ".join(said[:80].split(None, 3)[:3]))
 
     def summary(self) -> dict[str, Any]:
-        """`answers, refusals, phrases, beginnings` of each side that has answers, and `words` of prompts: shares."""
+        """`answers, refusals, phrases, beginnings` of each side that has answers, and `words` of so many `prompts`: shares."""
         sides = {name: side for name, side in self.sides.items() if side.answers}
         phrases = {p: {name: side.phrases[p] / side.answers for name, side in sides.items()} for p in PHRASES}
         begun = Frequent()
@@ -120,12 +135,12 @@ class Texts:
             "beginnings": {
                 text: {name: side.beginnings.counts[text] / side.answers for name, side in sides.items()} for text in first
             },
-            "words": {word: count / self.prompts for word, count in self.words.most()},
+            "words": {word: count / self.prompts for word, count in self.words.most(but=_says_nothing)},
             "prompts": self.prompts,
         }
 
-    def findings(self) -> list[Finding]:
-        said = self.summary()
+    def findings(self, said: Mapping[str, Any]) -> list[Finding]:
+        """Of a summary."""
         found: list[Finding] = []
         refusals = said["refusals"]
         if any(share >= MANY for share in refusals.values()):
@@ -138,10 +153,14 @@ class Texts:
         return found
 
 
+def _says_nothing(word: str) -> bool:
+    return len(word) < 4 or word in _COMMON or not word.isalpha()
+
+
 def refuses(lowered: str) -> bool:
     """Whether an answer, in small letters, begins by refusing."""
     head = lowered[:HEAD]
-    return any(hint in head for hint in _HINTS) and _REFUSAL.match(head) is not None
+    return any([hint in head for hint in _HINTS]) and _REFUSAL.match(head) is not None
 
 
 def _shares(shares: dict[str, float]) -> str:

@@ -334,7 +334,8 @@ def _only(formats: Sequence[Format], name: str) -> Format:
 def _no_format(found: Sequence[str]) -> str:
     """The columns that were found, and the formats that lack least."""
     shown = ", ".join(name if len(name) <= 30 else name[:27] + "..." for name in found[:20]) or "none"
-    lacking = {format: len(format.needs) - len(format.used(found)) for format in FORMATS.values() if format.used(found)}
+    present = set(found)
+    lacking = {format: len(format.needs) - len(format.used(present)) for format in FORMATS.values() if format.used(present)}
     near = sorted(lacking, key=lambda format: lacking[format])[:3] or [FORMATS["pairs"]]
     sets = "; ".join(f"{format.name} ({format.columns})" for format in near)
     what = (

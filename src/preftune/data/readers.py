@@ -11,6 +11,7 @@ import importlib
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ def _csv(stream: BinaryIO, place: Place, delimiter: str = ",") -> Iterator[Numbe
         if header is None:
             return
         names = [name.strip() for name in header]
-        twice = sorted({name for name in names if name and names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
         if not any(names):
             raise BrokenFile("no_header", "the first record must name the columns")
         if twice:
