@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from preftune.checks.codes import finding
@@ -115,8 +115,8 @@ def _knots(pairs: Pairs) -> Iterator[list[int]]:
     low, high = (np.where(pairs.first[at], one, other) for one, other in ((winner, loser), (loser, winner)))
     nodes, ends = np.unique(np.concatenate([np.where(net > 0, low, high), np.where(net > 0, high, low)]), return_inverse=True)
     source, target = ends[: len(at)], ends[len(at) :]
-    graph = csr_array((lead[lead].astype(np.int8), (source[lead], target[lead])), shape=(len(nodes), len(nodes)))
-    _, part = connected_components(graph, connection="strong")
+    graph = coo_array((np.ones(int(lead.sum())), (source[lead], target[lead])), shape=(len(nodes), len(nodes)))
+    _, part = connected_components(graph, directed=True, connection="strong")
     inside = lead & (part[source] == part[target])
     rows: dict[int, list[int]] = {}
     for n in np.flatnonzero(inside[which]).tolist():

@@ -25,7 +25,8 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, *, limit: int | None, too_long: TooLong, template: str | None) -> None:
         self.findings: list[Finding] = []  # of rows that cannot be rendered, which training drops
-        self.limit, self.too_long = limit, too_long
+        self.limit = limit
+        self.too_long: TooLong = too_long
         self.drawn: list[dict[str, Any]] = []
         self._speaker, self._tokenizer = Speaker(tokenizer, template), tokenizer
         self._problems = Problems(self._speaker)
@@ -33,7 +34,7 @@ class Tokens:
         self._group, self._response, self._kept = bytearray(), bytearray(), bytearray()
         self._start, self._length, self._row = array("I"), array("I"), array("I")
         self._rows = self._over = 0
-        self._cut = {way: Counter[str]() for way in WAYS}
+        self._cut: dict[TooLong, Counter[str]] = {way: Counter() for way in WAYS}
 
     def add(self, group: Group, file: str, row: int, place: int) -> Sequence[int]:
         """A row as a group, and its place in the ledger; gives back the places of rows that turn out to be dropped."""
