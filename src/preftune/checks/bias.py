@@ -16,21 +16,25 @@ FEW = 30  # comparisons: of fewer, nothing can be said
 FAR = 0.1  # from chance: a bias that training will learn, and worth a warning
 
 
-def length_bias(table: Table, dropped: Sequence[tuple[int, int]] = ()) -> tuple[dict[str, Any] | None, list[Finding]]:
+def length_bias(
+    table: Table, unread: Sequence[tuple[int, int]] = (), dropped: int = 0
+) -> tuple[dict[str, Any] | None, list[Finding]]:
     """How often the longer of two answers is the better one, in characters.
 
     Args:
-        dropped: lengths of (better, worse) in rows that were dropped, whose labels are labels all the same.
+        table: all rows; labels of those that cannot be used are labels all the same.
+        unread: lengths of (better, worse) in rows that are not in it, since they could not be read.
+        dropped: comparisons of the table that stand in dropped rows.
 
     Returns:
-        `comparisons` that say which answer is better, `dropped` of them, `equal` in length; `longer_preferred` of all, its
-        `interval` and what it would be by `chance`; the same `without_equal`, by chance 0.5; the median lengths `better` and
-        `worse`. None where nothing is compared.
+        `comparisons` that say which answer is better, `dropped` of them in dropped rows, `equal` in length;
+        `longer_preferred` of all, its `_interval`, and what it would be by `chance`; the same `without_equal`, by chance 0.5; the
+        median lengths `better` and `worse`. None where nothing is compared.
     """
     decided = table.decided
     a_wins = table.preference[decided] > 0.5
     a, b = table.size_a[decided], table.size_b[decided]
-    other = np.array(dropped, dtype=np.int64).reshape(-1, 2)
+    other = np.array(unread, dtype=np.int64).reshape(-1, 2)
     better = np.concatenate([np.where(a_wins, a, b), other[:, 0]])
     worse = np.concatenate([np.where(a_wins, b, a), other[:, 1]])
     if not len(better):
@@ -41,7 +45,7 @@ def length_bias(table: Table, dropped: Sequence[tuple[int, int]] = ()) -> tuple[
     chance = float(unequal.mean() / 2)
     result: dict[str, Any] = {
         "comparisons": len(better),
-        "dropped": len(other),
+        "dropped": dropped + len(other),
         "equal": int((~unequal).sum()),
         **_share("longer_preferred", longer, np.ones_like(longer), prompt),
         "chance": chance,

@@ -165,7 +165,9 @@ def _repeats(table: Table) -> tuple[list[Finding], dict[str, int]]:
 def _analysed(table: Table, collect: Collect, held: Collect | None) -> tuple[list[Finding], dict[str, Any]]:
     """What the rows say together."""
     found, counts = _repeats(table)
-    length, of_length = length_bias(table, collect.dropped_lengths)
+    whole = collect.ledger.table(dropped=True)
+    gone = int(whole.decided.sum() - table.decided.sum())
+    length, of_length = length_bias(whole, collect.unread, dropped=gone)
     texts = collect.texts.summary()
     files = [n for n, name in enumerate(table.files) if name in collect.ordered]
     position, of_position = position_bias(table, np.isin(table.file[table.row], files))

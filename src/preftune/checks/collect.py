@@ -37,7 +37,7 @@ class Collect:
         self.reading = Reading()
         self.ledger, self.texts, self.balance = Ledger(), Texts(), Balance(columns)
         self.near = Near() if near else None
-        self.dropped_lengths: list[tuple[int, int]] = []
+        self.unread: list[tuple[int, int]] = []
         self.findings: list[Finding] = []
         self.tokens = tokens
         self.samples: dict[type[Mark], Group] = {}
@@ -73,7 +73,7 @@ class Collect:
 
     def _fell_away(self, number: int) -> None:
         if sizes := _lengths(self._raw.pop(number), self._columns):
-            self.dropped_lengths.append(sizes)
+            self.unread.append(sizes)
 
     # -- what `take` asks for -----------------------------------------------------------------------------------------
 

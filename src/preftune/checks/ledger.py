@@ -124,9 +124,9 @@ class Ledger:
         self._size_b.append(size_b)
         self._side.append(side)
 
-    def table(self) -> Table:
-        """The rows that are left, as arrays."""
-        kept = np.frombuffer(self._gone, np.uint8) == 0
+    def table(self, *, dropped: bool = False) -> Table:
+        """The rows that are left, as arrays; or all of them."""
+        kept = (np.frombuffer(self._gone, np.uint8) == 0) | dropped
         row = _ints(self._row)
         marks = kept[row] if len(row) else np.zeros(0, bool)
 

@@ -135,7 +135,7 @@ class Texts:
             "beginnings": {
                 text: {name: side.beginnings.counts[text] / side.answers for name, side in sides.items()} for text in first
             },
-            "words": {word: count / self.prompts for word, count in self.words.most(but=_says_nothing)},
+            "words": {word: count / self.prompts for word, count in self.words.most(12, but=_says_nothing)},
             "prompts": self.prompts,
         }
 

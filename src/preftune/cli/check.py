@@ -47,6 +47,21 @@ def _refused(errors: list[dict[str, Any]]) -> bool:
     return any(found["row"] is None for found in errors)
 
 
+BEFORE, ENDS = 24, 40  # tokens that are shown of a prompt, and at both ends of an answer
+
+
+def _short(tokens: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """The end of the prompt, and the answer without its middle."""
+    first = next((n for n, (_, trained) in enumerate(tokens) if trained), len(tokens))
+    skip = max(0, first - BEFORE)
+    prompt, answer = tokens[skip:first], tokens[first:]
+    if skip:
+        prompt = [(f"({skip:,} tokens)", False), *prompt]
+    if len(answer) > 2 * ENDS:
+        answer = [*answer[:ENDS], (f"({len(answer) - 2 * ENDS:,} tokens)", True), *answer[-ENDS:]]
+    return prompt + answer
+
+
 def _print(report: dict[str, Any], *, drawn: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -80,5 +95,5 @@ def _print(report: dict[str, Any], *, drawn: bool) -> None:
     for place, answers in page.drawn(report) if drawn else ():
         console.print(f"\n{escape(place)}")
         for answer in answers:
-            console.print(escape(f"  {answer.column}: {marked(answer.tokens)}"), soft_wrap=True)
+            console.print(escape(f"  {answer.column}: {marked(_short(answer.tokens))}"), soft_wrap=True)
     console.print(f"\n[bold]{escape(page.verdict(report))}[/]", soft_wrap=True)

@@ -13,8 +13,7 @@ from preftune.report.words import count, duration, figure, interval, percent
 
 SHOWN = 5  # rows of a kind that are named where it is short
 MAX_ROWS = 50_000  # row numbers on the page
-
-SIDES = {"better": "better answers", "worse": "worse answers", "other": "answers"}
+SEEN = 0.005  # of the answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +127,16 @@ def _answers(report: Json) -> Section:
     texts = mapping(report.get("texts"))
     lines = [Line("refuse to answer", _sides(mapping(texts.get("refusals"))))] if texts.get("refusals") else []
     for name, label in (("phrases", "say"), ("beginnings", "begin with")):
-        lines += [Line(f"{label} “{text}”", _sides(mapping(shares))) for text, shares in mapping(texts.get(name)).items()]
-    return Section("Refusals and set phrases", "Shares of the answers of each side; refusals and phrases are English.", lines)
+        said = [(text, mapping(shares)) for text, shares in mapping(texts.get(name)).items()]
+        lines += [Line(f"{label} “{text}”", _sides(shares)) for text, shares in said if max(shares.values()) >= SEEN][:SHOWN]
+    note = "Shares of the answers of each side, from 0.5 % on; refusals and phrases are English."
+    return Section("Refusals and set phrases", note, lines)
 
 
 def _sides(shares: Json) -> str:
-    return ", ".join(f"{percent(share)} of {SIDES.get(side, side)}" for side, share in shares.items())
+    return ", ".join(
+        f"{percent(share)} of {side}" if side in ("better", "worse") else percent(share) for side, share in shares.items()
+    )
 
 
 def _tokens(report: Json) -> Section:
