@@ -17,6 +17,7 @@ import tolerances
 
 import preftune
 from preftune import methods
+from preftune.checks.codes import CHECKS
 from preftune.cli.app import VERBS
 from preftune.config import VERB_KEYS, TrainKeys, all_keys, build, resolve
 from preftune.config_files import expand, merge, parse_word
@@ -158,7 +159,7 @@ def test_shell_lines_resolve(page: str, line: str, tmp_path: Path, monkeypatch: 
     for name, text in yaml_files().items():
         Path(name).write_text(text, encoding="utf-8")
     verb, words = check_words(line)
-    if verb in ("merge", "report", "convert"):
+    if verb in ("merge", "report", "convert", "check"):
         assert [w for w in words if "=" not in w], "a run or a file has to be named"
         words = [w for w in words if "=" in w]
     if verb in VERB_KEYS:
@@ -382,6 +383,14 @@ def test_reasons_for_drops_are_those_of_the_code() -> None:
     of_render = {"template_error", "too_long", "identical_tokens"}
     assert all(f'"{code}"' in render for code in of_render)
     assert written == set(CODES) | of_render
+
+
+def test_findings_of_the_check_are_those_of_the_code() -> None:
+    written = {
+        spans(row.cells["finding"])[0]: (row.cells["severity"], row.cells["what was found"])
+        for row in table("docs/data.md", "finding")
+    }
+    assert written == CHECKS
 
 
 def test_every_room_has_its_floor() -> None:

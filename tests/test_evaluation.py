@@ -20,7 +20,7 @@ from preftune.data.render import Batch, Rendered, render
 from preftune.errors import Refusal, RunFailed
 from preftune.evaluation.evaluate import compare
 from preftune.evaluation.held_out import held_out, method_metrics, needed_rows
-from preftune.evaluation.intervals import mean_interval
+from preftune.evaluation.intervals import mean_interval, share_interval
 from preftune.evaluation.kl import kl_per_response
 from preftune.evaluation.win_rate import win_rate
 from preftune.functions import judge, load_function
@@ -143,6 +143,18 @@ def test_intervals_of_a_constant_are_that_constant() -> None:
     assert mean_interval([1.0, 0.0], ["one prompt"] * 2) == (0.5, (0.5, 0.5))
     assert mean_interval([math.nan, 1.0], [0, 1]) == (1.0, (1.0, 1.0))
     assert mean_interval([math.nan], [0]) is None and mean_interval([], []) is None
+
+
+def test_the_interval_of_a_share_is_the_bootstrap_of_prompts() -> None:
+    draw = np.random.default_rng(0)
+    of = draw.integers(1, 6, 300)
+    good = np.where(draw.random(300) < 0.6, of, 0)  # all of a prompt or none: prompts count, not rows
+    values = [float(n < g) for g, o in zip(good, of, strict=True) for n in range(o)]
+    prompts = [p for p, o in enumerate(of) for _ in range(o)]
+    share, ends = share_interval(good, of) or (0, (0, 0))
+    mean, wanted = mean_interval(values, prompts) or (0, (0, 0))
+    assert share == pytest.approx(mean) and ends == pytest.approx(wanted, abs=0.006)
+    assert share_interval([], []) is None and share_interval([0], [0]) is None
 
 
 def test_intervals_have_the_width_that_theory_gives_and_follow_the_seed() -> None:

@@ -23,6 +23,7 @@ FLOORS = (
     ("training", "generation"),
     ("methods",),
     ("evaluation",),
+    ("checks",),
     ("config_errors", "config_files", "config", "runs", "demo"),
     ("cli",),
     ("__init__", "__main__"),

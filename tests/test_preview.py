@@ -40,7 +40,7 @@ def test_the_plan_is_said_and_returned(caplog: pytest.LogCaptureFixture) -> None
         plan = shown(eval_data="held.jsonl", batch_size=4, epochs=2, max_length=128)
     tokenizer = tiny.tokenizer()
     lengths = [len(tokenizer(p["prompt"] + p[side]).input_ids) + 1 for p in PAIRS[:10] for side in ("chosen", "rejected")]
-    estimates = {"fixed_gb", "memory_gb", "seconds", "tokens_per_microbatch"}
+    estimates = {"fixed_gb", "memory_gb", "free_gb", "seconds", "tokens_per_microbatch"}
     assert {k: v for k, v in plan.items() if k not in {"rows", *estimates}} == {
         "method": "dpo", "examples": 10, "groups": 10, "held_out": 4, "steps": 6, "batch_size": 4,
         "tokens_per_epoch": sum(lengths), "longest": max(lengths), "max_length": 128,

@@ -170,6 +170,29 @@ class ConvertKeys(Group):
     overwrite: bool = Field(default=False, description="Replace the file OUT.")
 
 
+class CheckKeys(Group):
+    data: ScoredOptions = Field(default=ScoredOptions(), description="How DATA is read; data.sources may name it here, too.")
+    eval_data: Sources = Field(default=[], description="Held-out data: prompts that stand in DATA too are named.")
+    near_duplicates: bool = Field(default=False, description="Also look for rows that are almost the same: takes longer.")
+    count: list[str] = Field(
+        default=["source", "category"],
+        description="Columns of the file whose values are counted; those not there do not matter.",
+    )
+    out: Place | None = Field(default=None, description="An .html file for the whole report.")
+    overwrite: bool = Field(default=False, description="Replace the file at out.")
+    model: Place | None = Field(
+        default=None, description="Folder, hub name or run: also tokens, truncation, template, and what a run takes."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run code that the model's folder brings along.")
+    dtype: Dtype | None = Field(default=None, description="Of the run that is estimated.")
+    method: MethodOptions = _METHOD
+    adapter: AdapterOptions = Field(default=AdapterOptions(), description="Short for adapter.type.")
+    batch_size: Count = Field(default=32, description="Of the run that is estimated.")
+    max_length: Count | None = Field(
+        default=None, description="Most tokens of prompt plus response; default: the model's positions."
+    )
+
+
 def _distinct(betas: list[float]) -> list[float]:
     return list(dict.fromkeys(betas))
 
@@ -190,6 +213,7 @@ VERB_KEYS: dict[str, type[Group]] = {
     "generate": GenerateKeys,
     "score": ScoreKeys,
     "doctor": DoctorKeys,
+    "check": CheckKeys,
     "chat": ChatKeys,
     "merge": MergeKeys,
     "convert": ConvertKeys,
@@ -236,7 +260,7 @@ def _consistent(run: Keys) -> Keys:
     """Refuses keys that nothing would read."""
     if isinstance(run, TrainKeys | DoctorKeys):
         check_adapter(run.adapter)
-    if isinstance(run, TrainKeys | EvaluateKeys | DoctorKeys):
+    if isinstance(run, TrainKeys | EvaluateKeys | DoctorKeys | CheckKeys):
         check(run.method)
     if isinstance(run, TrainKeys | EvaluateKeys):
         check_beta(run.method, run.beta)
@@ -247,6 +271,9 @@ def _consistent(run: Keys) -> Keys:
         _check_weights(run)
     elif any(source.weight for source in _sources(run)):
         log.info("not used: the weights of the sources, which say how a training run draws from them")
+    if isinstance(run, CheckKeys) and run.model is None:
+        for name in _changed(run, "dtype", "batch_size", "max_length", "trust_remote_code"):
+            raise Refusal("only a model's tokenizer or run reads it: add model=...", code="unused_key", key=name)
     if isinstance(run, GenerateKeys) and run.beams > 1:
         for name in _changed(run, "temperature", "top_k", "top_p"):
             line = f"beam search does not sample: leave {name} away, or beams=1"

@@ -14,7 +14,8 @@ from typing import Any
 
 
 class PreftuneError(Exception):
-    """One line for a person, and its parts for a program (`--json`)."""
+    """One line for a person, and its parts for a program (`--json`). `document`: what a program gets instead, where the work
+    was done and its result is the reason."""
 
     exit_code = 1
 
@@ -27,9 +28,10 @@ class PreftuneError(Exception):
         row: int | None = None,
         column: str | None = None,
         key: str | None = None,
+        document: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
-        self.message, self.code = message, code
+        self.message, self.code, self.document = message, code, document
         self.file, self.row, self.column, self.key = file, row, column, key
 
     def __str__(self) -> str:

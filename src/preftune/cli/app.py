@@ -41,6 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on standar
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 
 VERBS = {
+    "check": "Say what is wrong with data, row by row, before anything is trained: check DATA ... [model=M] [out=PAGE.html]",
     "train": "Train a model on preferences, rankings, ratings or demonstrations.",
     "evaluate": "Held-out accuracy of a model, or its win rate against another.",
     "score": "Log-probability of every response, one JSON line each.",
@@ -53,7 +54,7 @@ VERBS = {
     "demo": "The controlled-sentiment experiment, from the packaged model to a verdict.",
 }
 
-LATER = ("check", "judge", "iterate", "label", "sweep", "monitor")
+LATER = ("judge", "iterate", "label", "sweep", "monitor")
 
 
 def _epilog(verb: str) -> str:
@@ -148,7 +149,7 @@ def _fail(error: PreftuneError, arguments: list[str]) -> None:
 
 
 def _print_error(error: PreftuneError) -> None:
-    print(to_json({"error": error.as_dict()}))
+    print(to_json(error.document or {"error": error.as_dict()}))
 
 
 def _usage(error: Any, arguments: list[str]) -> Refusal:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 WORDS = {
+    "read": "reading rows",
     "score": "scoring",
     "reference": "scoring the reference",
     "check": "checking the start",
@@ -82,7 +83,7 @@ class Watch:
         if self._bar is not None:
             self._draw(phase, done, total, line)
         elif time.monotonic() - self._last > EVERY or (phase == "train" and done in (1, total)):
-            what = f"step {done} of {total}" if phase == "train" else f"{WORDS.get(phase, phase)}: {done:,} of {total:,}"
+            what = f"step {done} of {total}" if phase == "train" else f"{WORDS.get(phase, phase)}: {done:,}{_of(total)}"
             logging.getLogger("preftune").info(f"{what}  {note(line)}".rstrip())
             self._last = time.monotonic()
         self._phase = phase
@@ -91,8 +92,13 @@ class Watch:
         if phase != self._phase:
             if self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(WORDS.get(phase, phase), total=total, note="")
-        self._bar.update(self._task, completed=done, total=total, note=note(line))
+            self._task = self._bar.add_task(WORDS.get(phase, phase), total=total or None, note="")
+        self._bar.update(self._task, completed=done, total=total or None, note=note(line))
+
+
+def _of(total: int) -> str:
+    """Nothing where it is not known how much there is."""
+    return f" of {total:,}" if total else ""
 
 
 def note(line: dict[str, Any]) -> str:

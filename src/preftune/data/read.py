@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol
 
 from preftune.data.dialogue import is_list, is_object
 from preftune.data.faults import RowFault
@@ -19,7 +19,7 @@ from preftune.data.grouping import Grouping, own_column
 from preftune.data.options import DataOptions
 from preftune.data.sources import Item, Rows, Stream, streams
 from preftune.errors import Refusal, nearest
-from preftune.records import Finding, Group, Severity
+from preftune.records import Finding, Group, Origin, Severity
 
 log = logging.getLogger("preftune")
 SAMPLE = 100  # rows that are looked at, at most, to recognise a format
@@ -86,9 +86,9 @@ def load(sources: Any, *, options: DataOptions | None = None) -> Reading:
     if is_list(sources) and sources and all(isinstance(item, Group) for item in sources):
         return Reading(list(sources), len(sources), sources=[_entry("groups", None, "", len(sources), Counter())])
     reading, grouping = Reading(), Grouping()
-    with _no_collection():
+    with no_collection():
         for stream in streams(sources, options):
-            _take(stream, grouping, reading)
+            take(stream, grouping, reading)
         reading.groups = grouping.groups()
     if not reading.rows:
         left_out = sum(source["filtered"] for source in reading.sources)
@@ -97,7 +97,7 @@ def load(sources: Any, *, options: DataOptions | None = None) -> Reading:
 
 
 @contextmanager
-def _no_collection() -> Generator[None]:
+def no_collection() -> Generator[None]:
     """Reading makes millions of small records and no cycles: the collector would go through all of them again and again, which
     took half of the time."""
     was = gc.isenabled()
@@ -146,6 +146,33 @@ def say_drops(findings: Sequence[Finding], part: str = "") -> None:
 
 
 @dataclass
+class Part:
+    """Rows that are counted together, and what was found in them: while reading, then while rendering."""
+
+    name: str
+    reading: Reading
+    findings: list[Finding]
+
+    @property
+    def dropped(self) -> Counter[str]:
+        return self.reading.dropped + by_row(self.findings)
+
+    @property
+    def lost(self) -> list[Finding]:
+        return [*self.reading.findings, *self.findings]
+
+    def sources(self) -> list[dict[str, Any]]:
+        """What was read of each source, less what fell away since."""
+        alone = len(self.reading.sources) == 1
+        found: list[dict[str, Any]] = []
+        for source in self.reading.sources:
+            more = by_row([f for f in self.findings if alone or f.file == source["path"]])
+            dropped = Counter(source["dropped"]) + more
+            found.append({**source, "kept": source["kept"] - more.total(), "dropped": dict(dropped)})
+        return found
+
+
+@dataclass
 class Opened:
     """One stream, understood: its format (None only where no row is an object), and its rows, of which some are faulty."""
 
@@ -177,8 +204,18 @@ def _understood(rows: Rows, format: Format | None, *, named: bool) -> Iterator[t
             yield number, example
 
 
-def _take(stream: Stream, grouping: Grouping, reading: Reading) -> None:
-    """All rows of one stream into groups and findings."""
+class Collector(Protocol):
+    """What takes understood rows in: `Grouping`, or what keeps less of them. A row that cannot be taken raises a RowFault."""
+
+    def add(self, example: Example, *, file: str, row: int, columns: Mapping[str, str]) -> None: ...
+
+    def add_group(self, group: Group) -> None: ...
+
+    def rank_scores(self) -> Iterable[tuple[Origin, RowFault] | int]: ...
+
+
+def take(stream: Stream, grouping: Collector, reading: Reading) -> None:
+    """All rows of one stream into groups, and their counts and findings into the reading."""
     source, columns = opened(stream), stream.columns
     count, dropped, shape = 0, Counter[str](), _Shape()
 
@@ -305,7 +342,8 @@ def _only(formats: Sequence[Format], name: str) -> Format:
 def _no_format(found: Sequence[str]) -> str:
     """The columns that were found, and the formats that lack least."""
     shown = ", ".join(name if len(name) <= 30 else name[:27] + "..." for name in found[:20]) or "none"
-    lacking = {format: len(format.needs) - len(format.used(found)) for format in FORMATS.values() if format.used(found)}
+    present = set(found)
+    lacking = {format: len(format.needs) - len(format.used(present)) for format in FORMATS.values() if format.used(present)}
     near = sorted(lacking, key=lambda format: lacking[format])[:3] or [FORMATS["pairs"]]
     sets = "; ".join(f"{format.name} ({format.columns})" for format in near)
     what = (

@@ -11,6 +11,7 @@ import importlib
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ ROW_KEYS = ("data", "train", "rows", "examples", "instances", "validation", "tes
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 CHUNK = 1 << 18
+LONGEST = 1 << 25  # bytes of one row: a file of which one is longer is no rows, or has lost a quote or a line end
 
 
 @dataclass
@@ -106,16 +108,23 @@ def _sniff(path: Path, name: str) -> str:
     raise Refusal(what, code="unknown_kind", file=name)
 
 
-def _lines(stream: BinaryIO) -> Iterator[str]:
+def _lines(stream: BinaryIO, place: Place) -> Iterator[str]:
     """Decoded lines with their ends. Only \\n ends a line, whatever else Unicode counts as one."""
     offset = 0
-    for line in stream:
+    while line := stream.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise _too_long(place.row + 1)
         start = len(BOM) if offset == 0 and line.startswith(BOM) else 0
         try:
             yield line[start:].decode()
         except UnicodeDecodeError as e:
             raise NotUtf8(offset + start + e.start) from None
         offset += len(line)
+
+
+def _too_long(row: int) -> BrokenFile:
+    what = f"is longer than {LONGEST / 2**20:.3g} MiB: end each row with a line end, or give a JSON array the ending .json"
+    return BrokenFile("row_too_long", what, row)
 
 
 def _object(value: object) -> dict[str, Any] | RowFault:
@@ -125,7 +134,7 @@ def _object(value: object) -> dict[str, Any] | RowFault:
 
 
 def _jsonl(stream: BinaryIO, place: Place) -> Iterator[Numbered]:
-    for number, line in enumerate(_lines(stream), start=1):
+    for number, line in enumerate(_lines(stream, place), start=1):
         if line.strip():
             try:
                 row = _object(json.loads(line))
@@ -144,21 +153,21 @@ def _why(error: Exception) -> str:
 
 
 def _text(stream: BinaryIO, place: Place) -> Iterator[Numbered]:
-    for number, line in enumerate(_lines(stream), start=1):
+    for number, line in enumerate(_lines(stream, place), start=1):
         if line.strip():
             yield number, {"prompt": line.rstrip("\r\n")}
         place.row = number
 
 
 def _csv(stream: BinaryIO, place: Place, delimiter: str = ",") -> Iterator[Numbered]:
-    csv.field_size_limit(2**31 - 1)  # the module's own limit of 131,072 characters is less than some answers have
-    records = csv.reader(_lines(stream), delimiter=delimiter, strict=True)
+    csv.field_size_limit(LONGEST)  # the module's own limit of 131,072 characters is less than some answers have
+    records = csv.reader(_lines(stream, place), delimiter=delimiter, strict=True)
     try:
         header = next(records, None)
         if header is None:
             return
         names = [name.strip() for name in header]
-        twice = sorted({name for name in names if name and names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
         if not any(names):
             raise BrokenFile("no_header", "the first record must name the columns")
         if twice:
@@ -261,6 +270,9 @@ class JsonScanner:
                     return value
             except json.JSONDecodeError as e:
                 cut = e.pos >= len(self.text) - 16 or e.msg.startswith("Unterminated string")
+                if cut and len(self.text) - self.at > LONGEST:
+                    what = f"a value is longer than {LONGEST / 2**20:.3g} MiB: has it lost its end?"
+                    raise BrokenFile("row_too_long", what) from None
                 if not cut or not self.fill():
                     raise
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any, Literal
 
+from preftune.data.encode import encoder
 from preftune.data.kept import SHORTER, Fault, check_marks, without
 from preftune.data.template import UNSAID_PLAIN, say_once, template_text
 from preftune.errors import Refusal
@@ -113,9 +113,7 @@ def render(
     findings: list[Finding] = []
     for at in range(0, len(groups), _CHUNK):
         for group, rendered in speaker.render(groups[at : at + _CHUNK], findings):
-            rendered, faults = _fit_length(rendered, max_length, too_long, speaker.start_token)
-            faults |= {r.response: _EMPTY for r in rendered if r.length == 0}
-            group, order = without(group, faults, _indistinct(group, rendered), findings)
+            group, rendered, order = fitted(group, rendered, max_length, too_long, speaker.start_token, findings)
             if group.responses or not rendered:
                 first.append(len(sequences))
                 sequences += [replace(rendered[i], group=len(kept), response=n) for n, i in enumerate(order)]
@@ -147,6 +145,7 @@ class Speaker:
         self.template = template_text(tokenizer, template)
         self.unsaid_plain = template is None and self.template is not None
         self._blank: dict[int, bool] = {}
+        self._encode = encoder(tokenizer)
 
     # -- text -------------------------------------------------------------------------------------------------------
 
@@ -166,8 +165,7 @@ class Speaker:
 
     def ids(self, texts: list[str], content: Content) -> list[list[int]]:
         """A template writes its own start token; plain text gets the tokenizer's."""
-        own_start = isinstance(content, str)
-        return self.tokenizer(texts, add_special_tokens=own_start, return_attention_mask=False, verbose=False)["input_ids"]
+        return self._encode(texts, isinstance(content, str))
 
     # -- prompts and responses ----------------------------------------------------------------------------------------
 
@@ -291,7 +289,7 @@ class Speaker:
         self, content: Content, group: Group, ids: tuple[int, ...], lead: tuple[int, ...], *, generation_prompt: bool
     ) -> int:
         text = self.text(content, group, generation_prompt=generation_prompt)
-        return len(lead) + _common_prefix(self.ids([text], content)[0], ids[len(lead) :])
+        return len(lead) + _common_prefix(self.ids([text], content)[0], list(ids[len(lead) :]))
 
 
 def _join(prompt: Content, response: Content) -> Content:
@@ -302,8 +300,15 @@ def _join(prompt: Content, response: Content) -> Content:
     return (*prompt, *response)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists share at their start."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while low < high:  # bisection: slices compare much faster than tokens in a loop
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
@@ -343,6 +348,21 @@ def _fit_length(
         return rendered, faults
     cut = [replace(r, ids=r.ids[:keep] + r.ids[keep + excess :], start=r.start - excess) for r in rendered]
     return cut, faults
+
+
+def fitted(
+    group: Group,
+    rendered: list[Rendered],
+    limit: int | None,
+    too_long: TooLong,
+    start_token: int | None,
+    findings: list[Finding],
+) -> tuple[Group, list[Rendered], list[int]]:
+    """(the group without what cannot be used within the limit, all its responses as they are cut, indices of those left)."""
+    cut, faults = _fit_length(rendered, limit, too_long, start_token)
+    faults |= {r.response: _EMPTY for r in cut if r.length == 0}
+    left, order = without(group, faults, _indistinct(group, cut), findings)
+    return left, cut, order
 
 
 def _too_long(message: str) -> Fault:

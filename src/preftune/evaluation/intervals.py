@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
 
@@ -36,3 +37,24 @@ def mean_interval(
     means = sums[draws].sum(1) / counts[draws].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(sums.sum() / counts.sum()), (float(low), float(high))
+
+
+def share_interval(good: ArrayLike, of: ArrayLike, *, seed: int = 0) -> tuple[float, tuple[float, float]] | None:
+    """sum(good) / sum(of) and its interval when whole prompts are drawn again; for millions of them. Prompts with equal counts
+    are exchangeable, so that how often each pair of counts is drawn is one multinomial.
+
+    Args:
+        good, of: [prompts] whole numbers, good <= of.
+        seed: of the resampling.
+
+    Returns:
+        (share, (low, high)), or None where nothing counts.
+    """
+    pairs = np.stack([np.asarray(good, dtype=np.int64), np.asarray(of, dtype=np.int64)], axis=1)
+    kinds, count = np.unique(pairs[pairs[:, 1] > 0], axis=0, return_counts=True)
+    if not len(kinds):
+        return None
+    draws = np.random.default_rng(seed).multinomial(count.sum(), count / count.sum(), size=RESAMPLES)
+    shares = (draws @ kinds[:, 0]) / (draws @ kinds[:, 1])
+    low, high = np.percentile(shares, [2.5, 97.5])
+    return float((count @ kinds[:, 0]) / (count @ kinds[:, 1])), (float(low), float(high))

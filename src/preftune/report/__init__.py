@@ -5,6 +5,7 @@ curves   which charts exist (one table), and their points
 svg, png draw a chart for the page, and for papers and chats
 words    figures as people write them, and the verdict in one sentence
 page     puts the page together; page.html is its template
+checked  the report of a check: its figures in words, for the terminal and for a page of its own; check.html is its template
 """
 
 from preftune.report.page import verdict, write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from preftune.report import curves, folder, png, svg, tables, verdicts
 
@@ -20,8 +21,8 @@ def write(run: Path) -> Path:
     if plots:
         (run / "plots").mkdir(exist_ok=True)
     for plot in plots:
-        _put(run / "plots" / f"{plot.name}.png", png.draw(plot))
-    _put(run / "report.html", page.encode())
+        put(run / "plots" / f"{plot.name}.png", png.draw(plot))
+    put(run / "report.html", page.encode())
     return run / "report.html"
 
 
@@ -32,20 +33,10 @@ def verdict(run: Path) -> str:
 
 def render(files: folder.RunFiles) -> str:
     """The page as text."""
-    import jinja2  # here, since importing preftune.report must cost nothing
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["svg"] = svg.draw
-    environment.filters["nobreak"] = _nobreak
     drawn, held_out = curves.plots(files.metrics), tables.held_out(files.evaluation)
     columns, rows = tables.demo_table(files.demo)
-    return environment.get_template("page.html").render(
+    return filled(
+        "page.html",
         name=files.path.resolve().name,
         model=_setting(files.config, "model"),
         method=_method(files),
@@ -65,8 +56,23 @@ def render(files: folder.RunFiles) -> str:
         samples=tables.samples(files),
         environment=tables.environment(files.environment),
         config=files.config,
-        inks=list(zip(curves.LIGHT, curves.DARK, strict=True)),
     )
+
+
+def filled(template: str, **values: Any) -> str:
+    """A page of this folder, with these values in it; whatever they hold stays text."""
+    import jinja2  # here, since importing preftune.report must cost nothing
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["svg"] = svg.draw
+    environment.filters["nobreak"] = _nobreak
+    return environment.get_template(template).render(inks=list(zip(curves.LIGHT, curves.DARK, strict=True)), **values)
 
 
 def _nobreak(text: str) -> str:
@@ -93,7 +99,7 @@ def _setting(config: str, key: str) -> str:
     return found.group(1).strip("'\" ") if found else ""
 
 
-def _put(path: Path, content: bytes) -> None:
+def put(path: Path, content: bytes) -> None:
     """Written aside and renamed: a reader never meets half a file."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -13,12 +13,12 @@ from preftune import methods
 from preftune.config import TrainKeys
 from preftune.data.kept import check_marks
 from preftune.data.options import DataOptions
-from preftune.data.read import Reading, by_row, enforce, load, say_drops, tally
+from preftune.data.read import Part, Reading, enforce, load, say_drops, tally
 from preftune.data.render import Batch, TooLong, render
 from preftune.data.split import split
 from preftune.data.template import read_template
 from preftune.errors import Refusal
-from preftune.records import Finding, Group
+from preftune.records import Group
 from preftune.training.order import Mixing, check_curriculum
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def read_data(sources: Any, options: DataOptions, eval_sources: Any, method: met
     chosen = methods.choose(asked, reading.groups)
     if not asked.members:
         log.info(f"method: {chosen.label}, by the kind of marks in the data")
+    _check_quickly(reading)
     if eval_sources:
         held = load_said(eval_sources, options)
         methods.choose(chosen, held.groups)
@@ -85,6 +86,15 @@ def read_data(sources: Any, options: DataOptions, eval_sources: Any, method: met
             log.warning(f"eval_data shares {len(shared):,} of its {len(held.groups):,} prompts with the training data")
         return Data(chosen, reading.groups, held.groups, [reading, held], options)
     return Data(chosen, *_hold_out(reading.groups), [reading], options)
+
+
+def _check_quickly(reading: Reading) -> None:
+    """What `preftune check` finds without texts or a tokenizer, in one line; the rows stand in data.json and in the report."""
+    from preftune.checks.check import quick
+
+    line, found = quick(reading.groups)
+    reading.findings += found
+    log.info(line + ("; preftune check DATA says more" if found else ""))
 
 
 def from_groups(groups: Sequence[Group], held: Sequence[Group] | None, method: methods.Asked, options: DataOptions) -> Data:
@@ -132,33 +142,6 @@ class RenderedData:
     summary: dict[str, Any]
 
 
-@dataclass
-class _Part:
-    """Rows that are counted together, and what was found in them: while reading, then while rendering."""
-
-    name: str
-    reading: Reading
-    findings: list[Finding]
-
-    @property
-    def dropped(self) -> Counter[str]:
-        return self.reading.dropped + by_row(self.findings)
-
-    @property
-    def lost(self) -> list[Finding]:
-        return [*self.reading.findings, *self.findings]
-
-    def sources(self) -> list[dict[str, Any]]:
-        """What was read of each source, less what fell away since."""
-        alone = len(self.reading.sources) == 1
-        found: list[dict[str, Any]] = []
-        for source in self.reading.sources:
-            more = by_row([f for f in self.findings if alone or f.file == source["path"]])
-            dropped = Counter(source["dropped"]) + more
-            found.append({**source, "kept": source["kept"] - more.total(), "dropped": dict(dropped)})
-        return found
-
-
 def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long: TooLong, template: str | None) -> RenderedData:
     """Renders both parts and refuses what is left of too little, before a model is loaded."""
     train, held = (
@@ -166,10 +149,10 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
         for groups in (data.train, data.held)
     )
     if len(data.readings) == 1:
-        parts = [_Part("", data.readings[0], [*train.findings, *held.findings])]
+        parts = [Part("", data.readings[0], [*train.findings, *held.findings])]
     else:
         found = (("training data", train), ("held-out data", held))
-        parts = [_Part(name, reading, [*b.findings]) for (name, b), reading in zip(found, data.readings, strict=True)]
+        parts = [Part(name, reading, [*b.findings]) for (name, b), reading in zip(found, data.readings, strict=True)]
     formats = {source["format"] for reading in data.readings for source in reading.sources}
     if "hh" in formats and getattr(tokenizer, "chat_template", None) and template is None:
         log.info("the model has a chat template, and HH dialogues are read as text: data.format=hh_messages uses it")
@@ -228,7 +211,7 @@ def _say_order(method: Method, train: Batch, keys: TrainKeys) -> None:
         log.info(check_curriculum(curriculum, method.examples(train.groups)))
 
 
-def _check(part: _Part, options: DataOptions, *, examples: int) -> None:
+def _check(part: Part, options: DataOptions, *, examples: int) -> None:
     """Refuses a part of which too much is gone, or that leaves nothing to train on or to measure."""
     dropped, lost = part.dropped, part.lost
     strict, allow_drops = options.strict, options.allow_drops

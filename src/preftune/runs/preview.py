@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from preftune import methods
@@ -27,8 +28,8 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
 
     Returns:
         `method, examples, groups, held_out` (groups), `steps, batch_size, tokens_per_epoch` (each row once), `longest`
-        (tokens), `max_length`, `fixed_gb, memory_gb, seconds, tokens_per_microbatch` (estimates; None where the model cannot be
-        built without its weights), `rows` (texts).
+        (tokens), `max_length`, `fixed_gb, memory_gb, free_gb, seconds, tokens_per_microbatch` (estimates; None where the model
+        cannot be built without its weights), `rows` (texts).
     """
     from preftune.runs.job import plan_of
     from preftune.training.estimate import pass_tokens
@@ -55,19 +56,19 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
         f"{plan['held_out']:,} groups held out; {plan['steps']:,} steps of {keys.batch_size}; "
         f"{plan['tokens_per_epoch']:,} tokens an epoch, longest {plan['longest']:,} of {keys.max_length or 'no limit'}"
     )
-    found = _estimate(keys, evaluates=bool(rendered.held.groups))
+    found = estimate_of(keys, evaluates=bool(rendered.held.groups))
     steps = [[batch.index(e.group, r) for e in own for r in e.rows] for _, own in the_plan.batches]
     before = keys.adapter.virtual or facts(resolve(keys.model, "model"), "model").virtual
     sizes = [pass_tokens(batch.sequences, list(dict.fromkeys(rows)), shares=True, before=before) for rows in steps]
-    unknown = dict.fromkeys(("fixed_gb", "memory_gb", "seconds", "tokens_per_microbatch"))
-    plan |= _takes(keys, found, max(sizes), sum(sizes)) if found else unknown
+    unknown = dict.fromkeys(("fixed_gb", "memory_gb", "free_gb", "seconds", "tokens_per_microbatch"))
+    plan |= takes(keys, found, max(sizes), sum(sizes)) if found else unknown
     plan["rows"] = [_row(example, method.roles(example), batch, tokenizer) for example in examples[:ROWS]]
     for row in plan["rows"]:
         log.info(row)
     return plan
 
 
-def _estimate(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
+def estimate_of(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
     """Of the model's structure; its weights are not loaded."""
     from preftune.models.load import device
     from preftune.models.size import structure
@@ -89,7 +90,7 @@ def _estimate(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
         return None
 
 
-def _takes(keys: TrainKeys, found: Estimate, largest: int, tokens: int) -> dict[str, Any]:
+def takes(keys: TrainKeys, found: Estimate, largest: int, tokens: int) -> dict[str, Any]:
     """Memory and time, said.
 
     Args:
@@ -117,7 +118,7 @@ def _takes(keys: TrainKeys, found: Estimate, largest: int, tokens: int) -> dict[
     log.info(f"time: about {duration(seconds)} for the steps, at half the rate of one matrix product on this machine")
     if free and (peak or fixed) > free:
         log.warning("this is more memory than is free: lower train.tokens_per_microbatch, or train an adapter (adapter=lora)")
-    figures = {"fixed_gb": fixed / 1e9, "memory_gb": peak and peak / 1e9, "seconds": seconds}
+    figures = {"fixed_gb": fixed / 1e9, "memory_gb": peak and peak / 1e9, "free_gb": free and free / 1e9, "seconds": seconds}
     return figures | {"tokens_per_microbatch": budget if peak else keys.train.tokens_per_microbatch}
 
 
@@ -139,9 +140,15 @@ def _row(example: Example, roles: list[str], batch: Batch, tokenizer: Any) -> st
 
 def draw(sequence: Sequence, tokenizer: Any) -> str:
     """The tokens of one response under its prompt; what is scored stands between the marks ⟦ ⟧."""
-    scored = [False] * sequence.start + list(sequence.mask or [True] * (len(sequence.ids) - sequence.start))
+    from preftune.checks.tokens import spelled
+
+    return marked(spelled(sequence, tokenizer))
+
+
+def marked(tokens: Iterable[tuple[str, bool]]) -> str:
+    """(token, whether it is trained on) of each, as one line."""
     text, inside = "", False
-    for token, now in zip(tokenizer.convert_ids_to_tokens(list(sequence.ids)), scored, strict=True):
+    for token, now in tokens:
         text += ("⟦" if now else "⟧") if now != inside else ("·" if text else "")
-        text, inside = text + str(token).replace("\n", "\\n"), now
+        text, inside = text + token.replace("\n", "\\n"), now
     return text + ("⟧" if inside else "")

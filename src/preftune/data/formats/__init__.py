@@ -30,7 +30,7 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 def fitting(row: Row, *, nulls: bool = False) -> list[Format]:
     """The format of a row: several where none of them is the nearer one, none where it is not known. With `nulls`, columns that
     hold null count as there."""
-    present = [name for name, held in row.items() if nulls or held is not None]
+    present = {name for name, held in row.items() if nulls or held is not None}
     found = [format for format in FORMATS.values() if format.fits(row, present)]
     return [f for f in found if not any(other.beats(f, present) for other in found if other is not f)]
 
