@@ -18,7 +18,7 @@ from preftune.functions import judge
 from preftune.generation.sample import Sample, Sampling, sample
 from preftune.models.load import load_model, load_tokenizer
 from preftune.records import By, Comparison, Demonstration, Group, Mark, Ranking, Rating, Response
-from preftune.runs.train import fit
+from preftune.runs.fit import fit
 
 STEP = 48  # comparisons of a step, or of another kind what those are made of
 OPENINGS = 8  # of a step: four answers each, six pairs

@@ -35,7 +35,7 @@ def best(name: str, seen: float, noise: float) -> float:
         (curve,) = torch.autograd.grad(slope, gap)
         with torch.no_grad():
             gap -= (slope / curve.abs().clamp(min=1e-9)).clamp(-0.5, 0.5)
-    return float(gap)
+    return float(gap.detach())
 
 
 def drawn(noise: float, seed: int) -> float:

@@ -35,7 +35,7 @@ from preftune.methods.pairs import comparisons, right_sign
 from preftune.models.load import load_tokenizer
 from preftune.models.reward import load_reward
 from preftune.records import By, Comparison, Group, Mark, Response
-from preftune.runs.train import fit
+from preftune.runs.fit import fit
 from preftune.scoring.score import score
 
 SEEDS, HELD_DEBATES, PAIRS, CHUNK = 5, 4, 3000, 16
