@@ -57,10 +57,10 @@ class Preftune:
     def steps(self) -> Iterator[dict[str, float]]:
         """Takes one step after the other: `seconds` and `loss` of each."""
         from preftune.scoring.score import score_logp
-        from preftune.training.steps import Plan, steps
+        from preftune.training.steps import Plan, begin, steps
 
         plan = Plan(tuple((0, examples) for examples in self.batches), rows.LEARNING_RATE, self.options)
-        run = steps(self.weights, self.batch, self.method, plan, self.reference_logp)
+        run = steps(begin(self.weights, plan), self.batch, self.method, plan, self.reference_logp)
         for examples in self.batches:
             began, asked = time.perf_counter(), self.responses(examples)
             found = score_logp(self.reference, self.batch, asked, tokens_per_microbatch=self.budget, share=self.share)

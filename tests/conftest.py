@@ -73,7 +73,7 @@ def model() -> Any:
 @pytest.fixture
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The samples that a run writes before and after training are cut to three tokens."""
-    monkeypatch.setattr("preftune.runs.trainer.NEW_TOKENS", 3)
+    monkeypatch.setattr("preftune.runs.answers.NEW_TOKENS", 3)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = os.getcwd()
     os.chdir(here)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("preftune.runs.trainer.NEW_TOKENS", 3)
+        patch.setattr("preftune.runs.answers.NEW_TOKENS", 3)
         assert quietly(*TRAIN, "learning_rate=1e-3", "out=done", "--quiet") == 0
     yield here
     os.chdir(before)
@@ -212,7 +212,9 @@ def test_held_out_data_and_checkpoints(preftune_: Any) -> None:
     assert "eval_data shares 4 of its 4 prompts with the training data" in answer.err
     evaluated = [line["step"] for line in lines("held/metrics.jsonl") if "eval/loss" in line]
     assert evaluated == [2, 4]
-    assert sorted(p.name for p in Path("held/checkpoints").glob("[bs]*")) == ["best", "step-000003", "step-000004"]
+    assert sorted(p.name for p in Path("held/checkpoints").glob("[bs]*")) == [
+        *("best", "best.safetensors", "start.json", "step-000003", "step-000004")
+    ]
     best = min((line["eval/loss"], line["step"]) for line in lines("held/metrics.jsonl") if "eval/loss" in line)
     assert f"kept: the weights of step {best[1]}" in answer.err
     assert answer.json["after"]["loss"] == pytest.approx(best[0])

@@ -19,7 +19,7 @@ from preftune.data.render import render
 from preftune.errors import Refusal, RunFailed
 from preftune.records import Group, Rating
 from preftune.scoring.score import score
-from preftune.training.method import Scored
+from preftune.training.method import ExampleScores
 
 OUTCOMES = torch.tensor(list(product(range(3), repeat=3)))  # three steps of three tokens
 
@@ -132,11 +132,11 @@ def length(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [float(len(text.encode())) for text in responses]
 
 
-def likely(scored: Scored) -> Tensor:
+def likely(scored: ExampleScores) -> Tensor:
     return scored.policy_logp / scored.length
 
 
-def of_wrong_shape(scored: Scored) -> Tensor:
+def of_wrong_shape(scored: ExampleScores) -> Tensor:
     return scored.policy_logp.sum()
 
 

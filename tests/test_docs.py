@@ -213,7 +213,7 @@ def ran(home: Path) -> dict[str, Any]:
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr("preftune.runs.trainer.NEW_TOKENS", 3)
+        patch.setattr("preftune.runs.answers.NEW_TOKENS", 3)
         for block in blocks("python", [ROOT / "README.md"]):
             exec(compile(block.text, "README.md", "exec"), names)
     return names
@@ -230,6 +230,16 @@ def test_python_of_the_readme_runs(ran: dict[str, Any], home: Path) -> None:
     assert ran["run"].metrics[0]["loss"] == pytest.approx(math.log(2), abs=tolerances.BF16)
     assert callable(ran["ask"])
     assert (home / "runs/python/model/config.json").is_file()
+
+
+def test_python_of_the_data_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cast = [f"i{n},{who},{'ab'[(n * who) % 2]},Q{n}:, yes, no" for n in range(6) for who in (1, 2, 3)]
+    Path("votes.csv").write_text("\n".join(["item,annotator,choice,prompt,response_a,response_b", *cast]), encoding="utf-8")
+    (block,) = blocks("python", [ROOT / "docs/data.md"])
+    names: dict[str, Any] = {}
+    exec(compile(block.text, "data.md", "exec"), names)
+    assert [len(group.marks) for group in names["groups"]] == [1] * 6
 
 
 def test_a_run_folder_holds_what_the_readme_says(ran: dict[str, Any], home: Path) -> None:

@@ -34,10 +34,10 @@ from preftune.scoring.scorer import Scorer
 from preftune.training import estimate, memory, precision
 from preftune.training.estimate import Estimate, kept_bytes, pass_tokens
 from preftune.training.gradient import Step, backward
-from preftune.training.method import Scored
+from preftune.training.method import ExampleScores
 from preftune.training.options import TrainOptions
 from preftune.training.precision import Weights
-from preftune.training.steps import Plan, steps
+from preftune.training.steps import Plan, begin, steps
 
 
 class AgainstTheMean(Pairwise):
@@ -47,7 +47,7 @@ class AgainstTheMean(Pairwise):
         super().__init__("dpo", losses.dpo, beta=beta)
         self.separable = False
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         assert scored.reference_logp is not None
         ratio = scored.policy_logp - scored.reference_logp
         margin = ratio[scored.index[:, 0]] - ratio[scored.index[:, 1]]
@@ -243,7 +243,7 @@ def run_steps(model: Any, batch: Batch, budget: int, count: int = 3) -> list[dic
         reference = score(model, batch).logp
     options = TrainOptions(tokens_per_microbatch=budget, warmup=0.0, schedule="constant")
     the_plan = Plan(tuple((0, tuple(method.examples(batch.groups))) for _ in range(count)), 1e-3, options)
-    return list(steps(weights, batch, method, the_plan, reference))
+    return list(steps(begin(weights, the_plan), batch, method, the_plan, reference))
 
 
 NO_ROOM = (
@@ -305,7 +305,7 @@ def test_a_step_that_runs_out_of_memory_half_way_is_begun_again(
     method, weights = methods.make("dpo", beta=0.1), Weights(tight, torch.float32)
     options = TrainOptions(tokens_per_microbatch=100, warmup=0.0, schedule="constant")
     the_plan = Plan(((0, tuple(method.examples(batch.groups))),), 1e-3, options)
-    (line,) = steps(weights, batch, method, the_plan, reference)
+    (line,) = steps(begin(weights, the_plan), batch, method, the_plan, reference)
     assert "tokens_per_microbatch=" in caplog.text
     assert line["grad_norm"] == pytest.approx(told[0]["grad_norm"], rel=tolerances.FIGURE)
 
@@ -475,7 +475,7 @@ def test_the_tightest_control_group_counts_wherever_it_stands(tmp_path: Path) ->
 def test_the_budget_is_recorded_and_weights_that_do_not_fit_are_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("preftune.runs.trainer.NEW_TOKENS", 2)
+    monkeypatch.setattr("preftune.runs.answers.NEW_TOKENS", 2)
     monkeypatch.setattr("preftune.report.write", lambda folder: None)
     keys: dict[str, Any] = {"dtype": "float32", "steps": 1, "eval_groups": []}
     monkeypatch.setattr(estimate, "matrix_rate", None)  # a run reads no time, and measures nothing for it

@@ -33,6 +33,7 @@ STEPS = {
     ("config", "config_errors"),
     ("config", "config_files"),
     ("runs", "config"),
+    ("runs", "config_files"),
     ("demo", "config"),
     ("demo", "runs"),
 }

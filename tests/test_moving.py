@@ -76,7 +76,7 @@ def test_it_moves_by_every_so_many_steps_and_in_float32() -> None:
     for step in range(1, 13):
         moving.follow(step, weights)
     share = 1 - 0.75**4
-    for own, used, first in zip(moving._masters, moving._used, start, strict=True):
+    for own, used, first in zip(moving.masters, moving._used, start, strict=True):
         torch.testing.assert_close(own, first.bfloat16().float() + share * (first + 1e-3 - first.bfloat16().float()))
         assert used.dtype == torch.bfloat16 and torch.equal(used, own.bfloat16()) and not used.requires_grad
 

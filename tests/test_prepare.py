@@ -15,7 +15,7 @@ from preftune.config import TrainKeys, build
 from preftune.data.options import ScoredOptions
 from preftune.errors import Refusal
 from preftune.records import Comparison, Group, Message, Origin, Response
-from preftune.runs.prepare import Rendered, from_groups, read_data, render_data
+from preftune.runs.prepare import RenderedData, from_groups, read_data, render_data
 
 LONG = {"prompt": "and so on", "chosen": " on" * 60, "rejected": " no"}
 TIE = {"prompt": "a tie", "chosen": " one", "rejected": " two", "preference": 0.5}
@@ -31,7 +31,7 @@ def rows(name: str, *parts: Sequence[dict[str, Any]]) -> str:
     return str(write_rows(Path(name), [row for part in parts for row in part]))
 
 
-def rendered(data: str, eval_data: str | None, *, method: str = "dpo", **options: Any) -> Rendered:
+def rendered(data: str, eval_data: str | None, *, method: str = "dpo", **options: Any) -> RenderedData:
     asked = ScoredOptions(sources=data, **options)  # type: ignore[arg-type]
     held = ScoredOptions(sources=eval_data).sources if eval_data else []  # type: ignore[arg-type]
     found = read_data(asked.sources, asked, held, method)

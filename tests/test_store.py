@@ -312,7 +312,7 @@ def test_a_run_keeps_the_values_it_used_whatever_becomes_of_the_store(
     right = fit(tiny.model(), tokenizer, out=tmp_path / "run")
     assert taken(caplog) == (16, 16)
     own = tmp_path / "run" / "checkpoints" / "reference.sqlite"
-    assert sorted(path.name for path in own.parent.iterdir()) == ["best", own.name]
+    assert sorted(path.name for path in own.parent.iterdir()) == ["best", "best.safetensors", own.name, "start.json"]
     shutil.rmtree(cache / "preftune")
     assert fit(tiny.model(), tokenizer, reference_store=own) == right
     assert taken(caplog) == (16, 16)
@@ -354,7 +354,7 @@ def test_a_rerun_of_a_config_begins_with_the_values_of_its_run(
     words = [f"model={model}", f"reference={reference}", f"data={data}", f"eval_data={data}", "steps=1", "dtype=float32"]
     loaded: list[str] = []
     monkeypatch.setattr("preftune.models.load.load_model", lambda ref, **how: loaded.append(ref) or load_model(ref, **how))
-    monkeypatch.setattr("preftune.runs.trainer._kl", lambda *arguments: {})  # which takes the reference itself
+    monkeypatch.setattr("preftune.runs.trainer.kl", lambda *arguments: {})  # which takes the reference itself
     assert call(capsys, "train", *words, f"out={tmp_path / 'a'}").code == 0
     before = tree(tmp_path / "a")
     for out, more, there in (("b", [], 24), ("c", ["reference.store=off"], 0)):
@@ -504,7 +504,7 @@ def test_a_full_store_loads_no_reference_from_the_hub(
     loaded: list[str] = []
     monkeypatch.setattr("preftune.models.load.load_model", lambda ref, **how: loaded.append(ref) or load_model(ref, **how))
     # the KL after training takes the reference itself: left out, as it loads it by its nature
-    monkeypatch.setattr("preftune.runs.trainer._kl", lambda *arguments: {})
+    monkeypatch.setattr("preftune.runs.trainer.kl", lambda *arguments: {})
     for out, others in (("a", ["owner/name"]), ("b", [])):
         loaded.clear()
         train(resolve(TrainKeys, [*words, f"out={tmp_path / out}"]))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from preftune.data.render import render
     from preftune.errors import Interrupted, PreftuneError, Refusal, RunFailed
     from preftune.evaluation.evaluate import evaluate
-    from preftune.runs.train import fit
+    from preftune.runs.fit import fit
     from preftune.scoring.score import score
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _WHERE = {
     "Refusal": "preftune.errors",
     "RunFailed": "preftune.errors",
     "evaluate": "preftune.evaluation.evaluate",
-    "fit": "preftune.runs.train",
+    "fit": "preftune.runs.fit",
     "read": "preftune.data.read",
     "render": "preftune.data.render",
     "score": "preftune.scoring.score",

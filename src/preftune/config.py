@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from preftune.config_errors import refusal
 from preftune.config_files import expand, merge, new_yaml, parse_word, read_file, said_in, without_nulls
-from preftune.data.options import DataOptions, ScoredOptions, Sources
+from preftune.data.options import DataOptions, ScoredOptions, Source, Sources
 from preftune.errors import Refusal
 from preftune.methods.options import MethodOptions, check, check_beta, needs
 from preftune.models.options import AdapterOptions, Dtype, check_adapter
@@ -88,6 +88,9 @@ class TrainKeys(WithModel):
     adapter: AdapterOptions = Field(default=AdapterOptions(), description="Short for adapter.type.")
     train: TrainOptions = Field(default=TrainOptions(), description="How training goes: the keys below.")
     out: Place | None = Field(default=None, description="Run folder; default runs/<method>-<date>-<n>.")
+    resume: Place | None = Field(
+        default=None, description="Run folder: go on where it stopped. Besides, only steps, epochs and train.trackers."
+    )
     overwrite: bool = Field(default=False, description="Move a run that is there to .old-1 instead of refusing.")
     dry_run: bool = Field(default=False, description="Resolve, check, estimate memory, show three rendered rows, stop.")
 
@@ -196,8 +199,8 @@ VERB_KEYS: dict[str, type[Group]] = {
 Keys = TypeVar("Keys", bound=Group)
 
 
-def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
-    """The keys of a verb from its words: at most one YAML file, and key=value.
+def resolve(keys: type[Keys], words: Sequence[str], *, under: str | None = None) -> Keys:
+    """The keys of a verb from its words: at most one YAML file, and key=value; `under` is a file that these change.
 
     A beta that the method does not read is refused as a word. In a file, which may serve several methods, it is said.
     """
@@ -206,7 +209,7 @@ def resolve(keys: type[Keys], words: Sequence[str]) -> Keys:
         raise Refusal(
             f"one YAML file at most, not {', '.join(files)}; keys are written key=value, without spaces", code="usage"
         )
-    layers = _read_files(files[0], keys) if files else []
+    layers = [layer for file in (under, *files) if file is not None for layer in _read_files(file, keys)]
     layers += [("", parse_word(w)) for w in words if "=" in w]
     merged: dict[str, Any] = {}
     for _, layer in layers:
@@ -239,11 +242,40 @@ def _consistent(run: Keys) -> Keys:
         check_beta(run.method, run.beta)
     if isinstance(run, TrainKeys):
         check_moving(run.reference, run.method)
+        if run.train.early_stop and not run.train.eval_every:
+            raise Refusal("looks at evaluations: give train.eval_every too", code="unused_key", key="train.early_stop")
+        _check_weights(run)
+    elif any(source.weight for source in _sources(run)):
+        log.info("not used: the weights of the sources, which say how a training run draws from them")
     if isinstance(run, GenerateKeys) and run.beams > 1:
         for name in _changed(run, "temperature", "top_k", "top_p"):
             line = f"beam search does not sample: leave {name} away, or beams=1"
             raise Refusal(line, code="unused_key", key=name)
     return run
+
+
+def _check_weights(run: TrainKeys) -> None:
+    """Refuses weights that leave open how much a source counts."""
+    for n, source in enumerate(run.eval_data):
+        if source.weight is not None:
+            line = "held-out data is used as it is: leave the weight out"
+            raise Refusal(line, code="unused_key", key=f"eval_data.{n}.weight")
+    sources = run.data.sources
+    without = [n for n, source in enumerate(sources) if source.weight is None]
+    if without and len(without) < len(sources):
+        line = f"{sources[without[0]].path} has no weight, and others have: give one to each source, or to none"
+        raise Refusal(line, code="missing_key", key=f"data.sources.{without[0]}.weight")
+    paths = [str(Path(source.path)) for source in sources]
+    if not without and len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        line = f"{twice} stands there twice, with a weight each: name it once"
+        raise Refusal(line, code="bad_value", key="data.sources")
+
+
+def _sources(run: Group) -> list[Source]:
+    """All sources of a verb, of its data and its prompts."""
+    found = [getattr(run, name, None) for name in ("data", "prompts")]
+    return [source for options in found if isinstance(options, DataOptions) for source in options.sources]
 
 
 def check_moving(reference: ReferenceOptions, method: MethodOptions) -> None:
@@ -278,8 +310,13 @@ def dump(keys: Group) -> str:
     yaml = new_yaml()
     yaml.default_flow_style = False
     text = io.StringIO()
-    yaml.dump(_absolute(keys.model_dump(mode="json", exclude={"dry_run", "overwrite"})), text)
+    yaml.dump(saved_values(keys), text)
     return text.getvalue()
+
+
+def saved_values(keys: Group) -> dict[str, Any]:
+    """What config.yaml holds, before it is YAML."""
+    return _absolute(keys.model_dump(mode="json", exclude={"dry_run", "overwrite", "resume"}))
 
 
 def all_keys(keys: type[BaseModel], prefix: str = "") -> dict[str, str]:

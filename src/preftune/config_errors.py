@@ -84,13 +84,9 @@ ELSEWHERE = {
 }
 
 LATER = (
-    "resume",
-    "train.early_stop",
-    "train.checkpointing",
     "train.optimizer",
     "train.parallel",
     "train.deterministic",
-    "data.votes",
 )
 
 
@@ -113,6 +109,8 @@ def refusal(error: ValidationError, verb: str, keys: Mapping[str, Sequence[str]]
         return Refusal(f"should be {wanted}, not {value!r}{how}{more}", code="wrong_type", key=key)
     if first["type"] == "too_short":
         return Refusal(f"should hold at least one value{more}", code="bad_value", key=key)
+    if first["type"] == "bad_filter":
+        return Refusal(f"{first['msg']}{more}", code="bad_filter", key=key)
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return Refusal(f"{message}, not {value!r}{more}", code="bad_value", key=key)
 
@@ -123,7 +121,7 @@ def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str
     known = keys.get(verb, ())
     in_source = any(isinstance(part, int) for part in loc)
     beside = list(Source.model_fields) if in_source else [n.rpartition(".")[2] for n in known if n.rpartition(".")[0] == group]
-    if key in LATER or (in_source and last == "weight"):
+    if key in LATER:
         return " It is not in this version."
     if not group and ELSEWHERE.get(last, "").split("=")[0].split(" ")[0] in known:
         return f" Here that is {ELSEWHERE[last]}."

@@ -11,7 +11,7 @@ from preftune.errors import Refusal
 
 # the key that a group's short form sets: data=D is data.sources=[D]
 MAIN_KEYS = {"data": "sources", "prompts": "sources", "method": "name", "reference": "model", "adapter": "type"}
-_SOURCE_ONLY = {"path", "split", "format", "limit", "columns"}
+_SOURCE_ONLY = {"path", "split", "format", "limit", "columns", "filter", "weight"}
 
 
 def parse_word(word: str) -> dict[str, Any]:

@@ -187,6 +187,12 @@ class Demonstration:
 Mark = Comparison | Ranking | Rating | Demonstration
 
 
+def origins(mark: Mark) -> tuple[Origin | None, ...]:
+    """Where a judgement was read: in one place, or where each of the votes that it was made of stood."""
+    votes = mark.by.votes if mark.by else ()
+    return tuple(vote.origin for vote in votes) or (mark.origin,)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """One prompt and its distinct responses, with the marks that judge them (by index into `responses`)."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from preftune.cli.console import Watch
 from preftune.config import ScoreKeys, resolve
 from preftune.errors import Refusal
-from preftune.records import Group
+from preftune.records import Group, origins
 from preftune.runs import folder as files
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def in_order(batch: Batch, names: Sequence[str]) -> Iterator[tuple[int, dict[str
         names: its files, in the order in which they were read.
     """
     place = {name: n for n, name in reversed(list(enumerate(names)))}  # where it is read first
-    rows = [(mark.origin, g, mark.responses) for g, group in enumerate(batch.groups) for mark in group.marks]
+    marks = ((g, mark) for g, group in enumerate(batch.groups) for mark in group.marks)
+    rows = [(origin, g, mark.responses) for g, mark in marks for origin in origins(mark)]
     rows.sort(key=lambda row: (place.get(row[0].file, len(place)), row[0].row) if row[0] else (len(place), 0))
     kept = {(origin.file, origin.row) for origin, _, _ in rows if origin}
     numbers: dict[int, int] = {}
@@ -83,6 +84,6 @@ def in_order(batch: Batch, names: Sequence[str]) -> Iterator[tuple[int, dict[str
                 continue
             own[r] = len(own)
             group, response = batch.groups[g], batch.groups[g].responses[r]
-            origins = [o for o in response.origins if (o.file, o.row) in kept]
+            places = [o for o in response.origins if (o.file, o.row) in kept]
             head = {"group": number, "response": own[r], "group_id": group.id, "response_id": response.id}
-            yield batch.index(g, r), head | {"from": [{"file": o.file, "row": o.row, "column": o.column} for o in origins]}
+            yield batch.index(g, r), head | {"from": [{"file": o.file, "row": o.row, "column": o.column} for o in places]}

@@ -8,16 +8,22 @@ from typing import Any
 
 from preftune.cli.console import Watch
 from preftune.config import TrainKeys, resolve
+from preftune.errors import Refusal
+from preftune.runs.resume import is_resume, keys_of
 
 log = logging.getLogger("preftune")
 
 
 def run(words: list[str], as_json: bool) -> dict[str, Any]:
-    keys = resolve(TrainKeys, words)
+    again = is_resume(words)
+    keys = keys_of(words) if again else resolve(TrainKeys, words)
+    if keys.resume and not again:
+        raise Refusal("is written on the command line: train resume=RUN", code="usage", key="resume")
+    config = Path(keys.resume) / "config.yaml" if keys.resume else next((Path(w) for w in words if "=" not in w), None)
     from preftune.runs.train import train
 
     with Watch() as watch:
-        result = train(keys, config=next((Path(word) for word in words if "=" not in word), None), progress=watch)
+        result = train(keys, config=config, progress=watch)
     if isinstance(result, dict):  # the plan of a dry run
         return result
     from preftune.report import verdict

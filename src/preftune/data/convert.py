@@ -72,6 +72,9 @@ class Conversion:
         }
         marks = made[self.target.takes](group.marks)
         for mark in marks:
+            if mark.by and mark.by.votes:
+                self.lost["votes that a label was made of"] += len(mark.by.votes)
+                mark = replace(mark, by=replace(mark.by, votes=()))
             answers = [group.responses[index].content for index in mark.responses]
             yield _piece(group, mark, answers)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from preftune.errors import Refusal
-from preftune.records import Comparison, Finding, Group, Mark, Origin, Ranking
+from preftune.records import Comparison, Finding, Group, Mark, Origin, Ranking, origins
 
 SHORTER = "shorter_ranking"
 
@@ -51,7 +51,8 @@ def without(
 
     Args:
         faults: by index of the response. bad_marks: by index of the mark.
-        findings: gets one for each mark that is gone, and one for each faulty response that no mark needs.
+        findings: gets one for each mark that is gone (for each vote that it was made of), and one for each faulty response that
+            no mark needs.
 
     Returns:
         What is left, and the indices that its responses had.
@@ -68,21 +69,22 @@ def without(
             continue
         if isinstance(mark, Ranking) and n not in bad_marks and (shorter := mark.without(faults)):
             marks.append(shorter)
-            findings.append(replace(_finding(group, mark, faulty, faults), code=SHORTER, severity="warning"))
+            findings.append(replace(_finding(group, mark.origin, faulty, faults), code=SHORTER, severity="warning"))
             continue
         lost |= set(mark.responses)
-        findings.append(_finding(group, mark, faulty, faults) if faulty else _at(mark.origin, bad_marks[n]))
+        for place in origins(mark):
+            findings.append(_finding(group, place, faulty, faults) if faulty else _at(place, bad_marks[n]))
     findings += [_at(next(iter(group.responses[i].origins), None), faults[i]) for i in faults if i not in marked]
     needed = {i for mark in marks for i in mark.responses}
     order = [i for i in range(len(group.responses)) if i in needed or i not in lost]
     return group.restricted(marks, order), order
 
 
-def _finding(group: Group, mark: Mark, faulty: list[int], faults: Mapping[int, Fault]) -> Finding:
+def _finding(group: Group, origin: Origin | None, faulty: list[int], faults: Mapping[int, Fault]) -> Finding:
     """Names the columns of the answers that are at fault, which need not be the mark's own."""
-    where = mark.origin or Origin("", 0, "")
-    origins = [o for i in faulty for o in group.responses[i].origins if (o.file, o.row) == (where.file, where.row)]
-    columns = ", ".join(dict.fromkeys(o.column for o in origins))
+    where = origin or Origin("", 0, "")
+    places = [o for i in faulty for o in group.responses[i].origins if (o.file, o.row) == (where.file, where.row)]
+    columns = ", ".join(dict.fromkeys(o.column for o in places))
     message = "; ".join(dict.fromkeys(faults[i].message for i in faulty))
     return _at(replace(where, column=columns), Fault(faults[faulty[0]].code, message))
 

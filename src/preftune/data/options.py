@@ -5,11 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from preftune.data.filters import BadFilter, parse
+
+VotesMethod = Literal["majority", "dawid_skene", "bradley_terry"]
+
+
+def _filter(text: str) -> str:
+    try:
+        parse(text)
+    except BadFilter as error:
+        raise PydanticCustomError("bad_filter", "{said}", {"said": str(error)}) from None
+    return text
+
+
+def _canonical(value: Any) -> Any:
+    return value.replace("-", "_").lower() if isinstance(value, str) else value
+
 
 _Format = Annotated[str | None, Field(description="Name of the row format, where the columns alone do not tell it.")]
 _Split = Annotated[str | None, Field(description="Split of a hub data set or a saved DatasetDict; train if absent.")]
-_Limit = Annotated[int | None, Field(ge=1, description="Read at most this many rows of a source, from its start.")]
+_Limit = Annotated[
+    int | None, Field(ge=1, description="Read at most this many rows of a source, from its start; those that a filter keeps.")
+]
+_Filter = Annotated[
+    Annotated[str, AfterValidator(_filter)] | None,
+    Field(description="Rows that are read: column op value and ..., such as 'score >= 4 and lang in [en, de]'."),
+]
 _Columns = Annotated[
     dict[str, str], Field(description="Our column name to the file's own, such as {chosen: better, rejected: worse}.")
 ]
@@ -25,6 +49,10 @@ class Source(BaseModel):
     split: _Split = None
     limit: _Limit = None
     columns: _Columns = Field(default_factory=dict)
+    filter: _Filter = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="train: expected share of each epoch, over the sum of all sources' weights."
+    )
 
 
 def _listed(value: Any) -> Any:
@@ -39,7 +67,7 @@ Sources = Annotated[list[Source], BeforeValidator(_listed)]
 
 
 class DataOptions(BaseModel):
-    """How data is read. `format`, `split`, `limit` and `columns` are defaults for every source."""
+    """How data is read. `format`, `split`, `limit`, `columns` and `filter` are defaults for every source."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -50,6 +78,11 @@ class DataOptions(BaseModel):
     split: _Split = None
     limit: _Limit = None
     columns: _Columns = Field(default_factory=dict)
+    filter: _Filter = None
+    votes: Annotated[VotesMethod | None, BeforeValidator(_canonical)] = Field(
+        default=None,
+        description="Several annotators' votes on two answers become one soft label; absent: each counts by itself.",
+    )
     strict: bool = Field(default=False, description="Refuse the data at the first faulty row instead of dropping it.")
     allow_drops: bool = Field(default=False, description="Go on even if more than half of the rows are dropped.")
     template: str | None = Field(

@@ -28,13 +28,16 @@ SHOWN = 5  # rows that a message names
 
 @dataclass
 class Reading:
-    """What was read: rows = kept + sum(dropped). `sources` says for each file {path, format, read_as, rows, kept, dropped}."""
+    """What was read: rows = kept + sum(dropped). `sources` says for each file {path, format, read_as, rows, kept, dropped}, and
+    `filtered` where a filter left rows out, which do not count as read. `votes`: what labels were made of, where they were.
+    """
 
     groups: list[Group] = field(default_factory=list[Group])
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter[str])
     findings: list[Finding] = field(default_factory=list[Finding])
     sources: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    votes: dict[str, Any] | None = None
 
     @property
     def kept(self) -> int:
@@ -46,6 +49,7 @@ class Reading:
 
     def _line(self, source: Mapping[str, Any]) -> str:
         line = f"{source['path']}: {source['rows']:,} rows" + (f" read as {source['read_as']}" if source.get("read_as") else "")
+        line += f", {source['filtered']:,} more left out by the filter" if source.get("filtered") else ""
         if not source["dropped"]:
             return line
         found = [f for f in self.findings if f.file == source["path"] and f.severity == "error"]
@@ -86,6 +90,9 @@ def load(sources: Any, *, options: DataOptions | None = None) -> Reading:
         for stream in streams(sources, options):
             _take(stream, grouping, reading)
         reading.groups = grouping.groups()
+    if not reading.rows:
+        left_out = sum(source["filtered"] for source in reading.sources)
+        raise Refusal(f"the filter leaves none of {left_out:,} rows", code="nothing_kept", key="data.filter")
     return reading
 
 
@@ -201,12 +208,13 @@ def _take(stream: Stream, grouping: Grouping, reading: Reading) -> None:
             shape.add(joined, 1)
         else:
             found(joined[1], joined[0].row)
-    if not count:
+    if not count and not stream.filtered:
         raise Refusal("is empty: it holds no rows", code="empty", file=stream.name)
     reading.rows += count
     reading.dropped += dropped
     title = source.format.title + str(shape) if source.format else ""
-    reading.sources.append(_entry(stream.name, source.format.name if source.format else None, title, count, dropped))
+    entry = _entry(stream.name, source.format.name if source.format else None, title, count, dropped)
+    reading.sources.append(entry | ({"filtered": stream.filtered} if stream.filtered else {}))
 
 
 @dataclass

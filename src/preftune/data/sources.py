@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from preftune.data.dialogue import is_list, is_object
 from preftune.data.faults import RowFault
+from preftune.data.filters import Keeps, holds, parse
 from preftune.data.formats import fitting
 from preftune.data.hub import dataset_rows, is_dataset, is_hub_name, is_saved, load_hub, load_saved, no_splits
 from preftune.data.options import DataOptions, Source
@@ -25,12 +26,16 @@ Rows = Iterable[tuple[int, Item]]
 
 @dataclass
 class Stream:
-    """Numbered rows of one file (or Dataset, or list) and what the user said about them."""
+    """Numbered rows of one file (or Dataset, or list) and what the user said about them.
+
+    filtered: rows that a filter has left out so far, which do not count as read.
+    """
 
     name: str
     rows: Rows
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    filtered: int = 0
 
 
 def streams(sources: Any, options: DataOptions) -> Iterator[Stream]:
@@ -82,8 +87,9 @@ def _source(item: object) -> Source:
 
 
 def _limited(found: Iterable[Stream], source: Source, options: DataOptions) -> Iterator[Stream]:
-    """The source's options on its streams, and its limit over all of them together."""
+    """The source's options on its streams, and its filter and limit over all of them together."""
     left = source.limit or options.limit
+    sieve = _Sieve(source.filter or options.filter, source.path)
 
     def cut(rows: Rows) -> Iterator[tuple[int, Item]]:
         nonlocal left
@@ -95,10 +101,50 @@ def _limited(found: Iterable[Stream], source: Source, options: DataOptions) -> I
                     return
 
     for stream in found:
-        columns = source.columns or options.columns
-        yield Stream(stream.name, cut(stream.rows), source.format or options.format, columns)
+        read = Stream(stream.name, (), source.format or options.format, source.columns or options.columns)
+        read.rows = cut(sieve.kept(stream.rows, read))
+        yield read
         if left == 0:
-            return
+            break
+    sieve.check()
+
+
+class _Sieve:
+    """A filter over the rows of a source, which also sees whether the columns that it names are there."""
+
+    def __init__(self, text: str | None, source: str) -> None:
+        self.filter, self.source = parse(text) if text else None, source
+        self.missing = dict.fromkeys(self.filter.columns if self.filter else ())
+        self.found: dict[str, None] = {}
+
+    def kept(self, rows: Rows, stream: Stream) -> Rows:
+        """The rows that pass; one that cannot be compared is a fault of its own. The stream counts the others."""
+        return rows if self.filter is None else self._kept(rows, self.filter.keeps, stream)
+
+    def _kept(self, rows: Rows, keeps: Keeps, stream: Stream) -> Iterator[tuple[int, Item]]:
+        for number, row in rows:
+            if not is_object(row):
+                yield number, row
+                continue
+            if self.missing:
+                self.missing = {column: None for column in self.missing if not holds(row, column)}
+                self.found.update(dict.fromkeys(row))
+            try:
+                passes = keeps(row)
+            except RowFault as fault:
+                yield number, fault
+                continue
+            if passes:
+                yield number, row
+            else:
+                stream.filtered += 1
+
+    def check(self) -> None:
+        """Refuses a column that no row has had."""
+        if self.missing and self.found:
+            column = next(iter(self.missing))
+            what = f"no row has a column {column}.{nearest(column, self.found)} Found: {', '.join(self.found)}"
+            raise Refusal(what, code="unknown_column", file=self.source, key="data.filter")
 
 
 def _found(source: Source, split: str | None) -> Iterator[Stream]:

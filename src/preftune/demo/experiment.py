@@ -29,7 +29,7 @@ from preftune.generation.sample import Sample, Sampling, sample
 from preftune.models.load import load_model, load_tokenizer
 from preftune.records import By, Comparison, Group, Response
 from preftune.runs import folder as files
-from preftune.runs.train import fit
+from preftune.runs.fit import fit
 
 log = logging.getLogger("preftune")
 

@@ -14,7 +14,7 @@ from preftune.evaluation.calibration import calibration
 from preftune.evaluation.intervals import mean_interval
 from preftune.methods.pairs import comparisons, right_sign
 from preftune.training.gradient import denominator
-from preftune.training.method import Example, Method, Scored
+from preftune.training.method import Example, ExampleScores, Method
 
 
 def needed_rows(batch: Batch, method: Method) -> list[int]:
@@ -35,7 +35,7 @@ def method_metrics(batch: Batch, method: Method, policy_logp: Tensor, reference_
         assert reference_logp is not None
         beside = [batch.index(e.group, r) for e in examples for r in e.beside]
         baseline = method.baseline(policy_logp[beside] - reference_logp[beside])
-    loss, metrics = method.loss(Scored.of(examples, rows, policy_logp, reference_logp, lengths, baseline))
+    loss, metrics = method.loss(ExampleScores.of(examples, rows, policy_logp, reference_logp, lengths, baseline))
     total = denominator(method, batch, examples)
     means = {name: float(values.nanmean()) for name, values in metrics.items()}
     return {"loss": float(loss.sum()) / total, **{k: v for k, v in means.items() if not math.isnan(v)}}

@@ -63,16 +63,19 @@ def labelled(votes: Votes, method: str = "majority") -> list[Label]:
     return found
 
 
-def merged(groups: Sequence[Group], method: str = "majority") -> list[Group]:
+def merged(groups: Sequence[Group], method: str = "majority", votes: Votes | None = None) -> list[Group]:
     """The groups with one Comparison for each pair that several votes judged, where the first of them stood.
 
     A vote is a Comparison whose preference is 1, 0.5 or 0. Other marks stay as they are, and so does a single vote on what its
     annotator alone judged.
 
+    Args:
+        votes: `votes_of(groups)`, where it is there already.
+
     Raises:
         Refusal: an unknown method.
     """
-    labels = {label.item: label for label in labelled(votes_of(groups), method)}
+    labels = {label.item: label for label in labelled(votes_of(groups) if votes is None else votes, method)}
     return [replace(group, marks=tuple(_joined(group, labels))) for group in groups]
 
 
@@ -121,7 +124,9 @@ def _joined(group: Group, labels: Mapping[str, Label]) -> Iterator[Mark]:
 
 
 def _is_vote(mark: Mark) -> TypeGuard[Comparison]:
-    return isinstance(mark, Comparison) and mark.preference in _CHOICE_OF and mark.weight > 0 and mark.a != mark.b
+    if not isinstance(mark, Comparison) or mark.preference not in _CHOICE_OF:
+        return False
+    return mark.weight > 0 and mark.a != mark.b and not (mark.by and mark.by.votes)  # a label is no vote
 
 
 def _item(group: str, mark: Comparison) -> str:

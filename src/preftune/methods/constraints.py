@@ -16,7 +16,7 @@ from preftune.functions import load_function
 from preftune.methods.options import ConstraintOptions
 from preftune.records import Group, Message, Response
 from preftune.scoring.head import Kind
-from preftune.training.method import Example, Method, Render, Scored
+from preftune.training.method import Example, ExampleScores, Method, Render
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Constraint(Protocol):
     options: ConstraintOptions
     extra: int
 
-    def of(self, scored: Scored, extra: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, scored: ExampleScores, extra: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """([P] what is added to the loss before its weight, [P] the value that is logged, without a graph).
 
         extra: [P, n] into R, of its own rows, -1 where there is none; known: [P, n, 2] their costs and nats when written.
@@ -53,10 +53,12 @@ class OfResponses:
 
     extra = 0
 
-    def __init__(self, name: str, options: ConstraintOptions, value: Callable[[Scored], Tensor], width: int | None) -> None:
+    def __init__(
+        self, name: str, options: ConstraintOptions, value: Callable[[ExampleScores], Tensor], width: int | None
+    ) -> None:
         self.name, self.options, self.value, self.width = name, options, value, width
 
-    def of(self, scored: Scored, extra: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, scored: ExampleScores, extra: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         index = scored.index[:, : self.width]
         value = self.value(scored)
         if value.shape != scored.policy_logp.shape:
@@ -72,7 +74,7 @@ class OfPhrases:
         assert options.phrases
         self.name, self.options, self.extra = name, options, len(options.phrases)
 
-    def of(self, scored: Scored, extra: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, scored: ExampleScores, extra: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         logp = scored.policy_logp
         return _mean(losses.excess(logp, self.options.limit), extra), _mean(logp.detach(), extra)
 
@@ -84,7 +86,7 @@ class Cost:
     def __init__(self, name: str, options: ConstraintOptions) -> None:
         self.name, self.options, self.extra = name, options, options.samples
 
-    def of(self, scored: Scored, extra: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, scored: ExampleScores, extra: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         there = extra >= 0
         example = there.nonzero()[:, 0]
         logp, (cost, sampled) = scored.policy_logp[extra[there]], known[there].unbind(-1)
@@ -153,7 +155,7 @@ class Constrained:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return self.method.weight(example, lengths)
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.method.loss(scored)
         weight, at = scored.weight, 0
         if self.examples_are == "demonstrations":  # whose loss is divided by tokens
@@ -178,19 +180,19 @@ def _made(name: str, options: ConstraintOptions, method: Method) -> Constraint:
         return Cost(name, options)
     if options.penalty == "phrases":
         return OfPhrases(name, options)
-    built_in: dict[str, Callable[[Scored], Tensor]] = {"drift": _drift, "log_ratio": _log_ratio}
+    built_in: dict[str, Callable[[ExampleScores], Tensor]] = {"drift": _drift, "log_ratio": _log_ratio}
     value: Any = built_in.get(options.penalty or "") or load_function(
         options.penalty or "", f"method.constraints.{name}.penalty"
     )
     return OfResponses(name, options, value, method.width or None)
 
 
-def _drift(scored: Scored) -> Tensor:
+def _drift(scored: ExampleScores) -> Tensor:
     assert scored.reference_logp is not None
     return losses.drift(scored.policy_logp, scored.reference_logp, scored.length)
 
 
-def _log_ratio(scored: Scored) -> Tensor:
+def _log_ratio(scored: ExampleScores) -> Tensor:
     assert scored.reference_logp is not None
     return (scored.policy_logp - scored.reference_logp).abs()
 

@@ -13,7 +13,7 @@ from preftune.data.render import Batch, Rendered
 from preftune.methods.pairs import comparisons, pair_metrics
 from preftune.records import Group, Pairs
 from preftune.scoring.head import Kind
-from preftune.training.method import Example, Render, Scored
+from preftune.training.method import Example, ExampleScores, Render
 
 
 class CutPairs:
@@ -59,7 +59,7 @@ class CutPairs:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return example.weight
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         assert scored.reference_logp is not None
         whole, beginning = scored.index[:, :2].T.reshape(-1), scored.index[:, 2:].T.reshape(-1)
 

@@ -17,7 +17,7 @@ from preftune.methods.pairs import pair_metrics
 from preftune.methods.reward import reward_metrics
 from preftune.records import Comparison, Group, Ranking
 from preftune.scoring.head import Kind
-from preftune.training.method import Example, Render, Scored, padded
+from preftune.training.method import Example, ExampleScores, Render, padded
 
 MOST_ORDERS = 120
 
@@ -59,7 +59,7 @@ class Listwise:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return example.weight
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         """Its metrics are those of the pair of a ranking's first answer and its last."""
         policy_logp, device = scored.policy_logp, scored.policy_logp.device
         orders: list[list[int]] = []

@@ -11,7 +11,7 @@ from preftune.data.render import Batch
 from preftune.methods.pairs import Pairwise
 from preftune.records import Group
 from preftune.scoring.head import Kind
-from preftune.training.method import Example, Render, Scored
+from preftune.training.method import Example, ExampleScores, Render
 
 
 class Mix:
@@ -41,7 +41,7 @@ class Mix:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return example.weight
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         found = [(weight, *part.loss(scored), part) for weight, part in self.parts]
         total = torch.stack([weight * loss for weight, loss, _, _ in found]).sum(0)
         return total, next(metrics for _, _, metrics, part in found if part is self.first)

@@ -15,7 +15,7 @@ from preftune.losses.algebra import expected, nll_per_token
 from preftune.losses.divergence import Divergence
 from preftune.records import Comparison, Group, Pairs, Ranking
 from preftune.scoring.head import Kind
-from preftune.training.method import Example, Render, Scored
+from preftune.training.method import Example, ExampleScores, Render
 
 Loss = Callable[..., Tensor]
 
@@ -68,7 +68,7 @@ class Pairwise:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return example.weight
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = scored.index[:, 0], scored.index[:, 1]
         policy_logp, weight = scored.policy_logp, scored.weight
         if self.divergence != "reverse_kl":
@@ -117,7 +117,7 @@ def comparisons(groups: Sequence[Group], pairs: Pairs = "all") -> list[Example]:
     return found
 
 
-def pair_metrics(scored: Scored, beta: float | None) -> dict[str, Tensor]:
+def pair_metrics(scored: ExampleScores, beta: float | None) -> dict[str, Tensor]:
     """[P] each, without a graph; margin without beta, reward = beta * log_ratio. Without a reference there are neither."""
     policy_logp = scored.policy_logp.detach()
     chosen, rejected = scored.index[:, 0], scored.index[:, 1]

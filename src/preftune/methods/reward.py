@@ -11,7 +11,7 @@ from preftune.data.render import Batch
 from preftune.methods.pairs import comparisons, right_sign
 from preftune.records import Group, Pairs
 from preftune.scoring.head import Kind
-from preftune.training.method import Example, Render, Scored
+from preftune.training.method import Example, ExampleScores, Render
 
 
 class Reward:
@@ -47,7 +47,7 @@ class Reward:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return example.weight
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         loss = losses.reward(
             scored.policy_logp,
             scored.index[:, 0],
@@ -60,7 +60,7 @@ class Reward:
         return loss, reward_metrics(scored)
 
 
-def reward_metrics(scored: Scored) -> dict[str, Tensor]:
+def reward_metrics(scored: ExampleScores) -> dict[str, Tensor]:
     """[P] each, without a graph; the margin is of the rewards."""
     rewards, chosen, rejected = scored.policy_logp.detach(), scored.index[:, 0], scored.index[:, 1]
     margin = rewards[chosen] - rewards[rejected]

@@ -10,7 +10,7 @@ from preftune import losses
 from preftune.data.render import Batch
 from preftune.records import Comparison, Demonstration, Group, Mark, Ranking
 from preftune.scoring.head import Kind
-from preftune.training.method import Example, Render, Scored
+from preftune.training.method import Example, ExampleScores, Render
 
 
 class SFT:
@@ -43,7 +43,7 @@ class SFT:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return example.weight * sum(lengths)  # the loss is a mean per token
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         response = scored.index[:, 0]
         metrics = {"logp/chosen": scored.policy_logp.detach()[response], "length/chosen": scored.length[response]}
         return losses.sft(scored.policy_logp, response, weight=scored.weight), metrics

@@ -15,7 +15,7 @@ from preftune.data.render import Batch, Rendered
 from preftune.methods.pairs import Loss, taken
 from preftune.records import Group, Rating, digest
 from preftune.scoring.head import Kind
-from preftune.training.method import Example, Render, Scored
+from preftune.training.method import Example, ExampleScores, Render
 
 log = logging.getLogger("preftune")
 
@@ -75,7 +75,7 @@ class Unpaired:
     def weight(self, example: Example, lengths: Sequence[int]) -> float:
         return example.weight
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         assert scored.reference_logp is not None
         response, desirable = scored.index[:, 0], scored.preference > 0.5
         found = {
@@ -89,7 +89,7 @@ class Unpaired:
         }
         return self.function(**taken(found, self.takes)), self._metrics(scored, response, desirable)
 
-    def _metrics(self, scored: Scored, response: Tensor, desirable: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, scored: ExampleScores, response: Tensor, desirable: Tensor) -> dict[str, Tensor]:
         """As of pairs, with the desirable answers as chosen and the others as rejected."""
         assert scored.reference_logp is not None
         policy_logp = scored.policy_logp.detach()

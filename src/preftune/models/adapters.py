@@ -188,6 +188,25 @@ def adapter_dropout_on(model: Any) -> Any:
     return model
 
 
+def checkpointing_on(model: Any) -> Any:
+    """In a model in evaluation mode, activation checkpointing of its layers (Chen et al. 2016, arXiv 1604.06174) alone.
+
+    Raises:
+        Refusal: a model whose layers cannot.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    inner = model.get_base_model() if is_adapter(model) else model
+    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not inner.supports_gradient_checkpointing:
+        line = f"{type(inner).__name__} cannot compute its layers again: leave it away"
+        raise Refusal(line, code="no_checkpointing", key="train.checkpointing")
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers:
+        layer.training = True  # of the layer alone, which asks itself; what is in it stays as it was
+    return model
+
+
 @contextmanager
 def adapter_off(model: Any) -> Generator[None]:
     """The base model for the time of the call, with the gradients of exactly the same parameters on afterwards."""

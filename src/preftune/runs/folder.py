@@ -103,6 +103,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2, file=str(path)) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; None where the file is not there or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def write_lines(path: Path, lines: Iterable[Any]) -> None:
     write_text(path, "".join(to_json(line, file=str(path)) + "\n" for line in lines))
 
@@ -123,7 +131,7 @@ def environment(files: Iterable[str | Path], **more: Any) -> dict[str, Any]:
         "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
         "commit": _commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "sha256": {str(path): _sha256(Path(path)) for path in files if Path(path).is_file()},
+        "sha256": {str(path): sha256(Path(path)) for path in files if Path(path).is_file()},
         **more,
     }
 
@@ -160,6 +168,6 @@ def _commit() -> str | None:
     return commit if here == Path(top).resolve() / "src" / "preftune" else None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from preftune.evaluation.evaluate import counted
 from preftune.scoring.score import score_logp
 from preftune.scoring.store import Stored
 from preftune.training.method import Method
+from preftune.training.order import Mixing
 from preftune.training.signals import Stop
 from preftune.training.steps import Plan, plan
 
@@ -45,6 +46,7 @@ class Job:
     `load_start` gives the starting policy once more, for the KL after training; None where it is gone.
     `stored` has what was scored with the same reference, by this run and by earlier ones: the first that has a value gives it,
     and all are given it.
+    `resume` is the whole checkpoint of a run that stopped, which this one goes on for in the same folder.
     """
 
     model: Any
@@ -59,7 +61,13 @@ class Job:
     load_start: Callable[[], Any] | None = None
     stored: tuple[Stored, ...] = ()
     out: Path | None = None
+    resume: Path | None = None
     progress: Progress = lambda phase, done, total, line: None
+
+    @property
+    def again(self) -> str:
+        """How the run goes on when it was stopped; "" of one whose data came from memory."""
+        return f"train resume={self.out}" if self.out and self.keys.data.sources else ""
 
 
 def plan_of(method: Method, batch: Batch, keys: TrainKeys) -> Plan:
@@ -73,6 +81,7 @@ def plan_of(method: Method, batch: Batch, keys: TrainKeys) -> Plan:
         seed=keys.seed,
         learning_rate=keys.learning_rate,
         options=keys.train,
+        mixing=Mixing.of(keys.data.sources),
     )
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preftune import methods
 from preftune.config import TrainKeys
@@ -19,6 +19,10 @@ from preftune.data.split import split
 from preftune.data.template import read_template
 from preftune.errors import Refusal
 from preftune.records import Finding, Group
+from preftune.training.order import Mixing, check_curriculum
+
+if TYPE_CHECKING:
+    from preftune.training.method import Method
 
 log = logging.getLogger("preftune")
 
@@ -42,7 +46,22 @@ def load_said(sources: Any, options: DataOptions) -> Reading:
     enforce(reading.rows, reading.dropped, reading.findings, strict=options.strict, allow_drops=options.allow_drops)
     for line in reading.summary():
         log.info(line)
+    if options.votes:
+        reading.groups, reading.votes = with_labels(reading.groups, options.votes)
     return reading
+
+
+def with_labels(groups: Sequence[Group], method: str) -> tuple[list[Group], dict[str, Any]]:
+    """The groups with one label for each pair that several votes judged, and what was said of the votes."""
+    from preftune import labels  # scipy takes its time
+
+    votes = labels.votes_of(groups)
+    found = labels.summarised(votes)
+    if found.several:
+        log.info(f"votes: {found}; labels by {method}")
+    else:
+        log.warning(f"data.votes={method} changes nothing: no pair of answers has more than one vote")
+    return labels.merged(groups, method, votes), {"method": method, **found.as_dict()}
 
 
 def check_template(template: str | None, *, key: str = "data.template") -> None:
@@ -71,12 +90,17 @@ def read_data(sources: Any, options: DataOptions, eval_sources: Any, method: met
 def from_groups(groups: Sequence[Group], held: Sequence[Group] | None, method: methods.Asked, options: DataOptions) -> Data:
     """The same for groups at hand: each mark counts as a row, and so does a response that no mark refers to."""
     check_marks([*groups, *(held or ())])
-    chosen = methods.choose(method, groups)
+    readings = [_counted(part) for part in ((groups, held) if held else (groups,))]
+    if options.votes:
+        for reading in readings:
+            reading.groups, reading.votes = with_labels(reading.groups, options.votes)
+    given = readings[0].groups
+    chosen = methods.choose(method, given)
     if held:
-        methods.choose(chosen, held)
-        return Data(chosen, list(groups), list(held), [_counted(groups), _counted(held)], options)
-    train, out = _hold_out(groups) if held is None else (list(groups), [])
-    return Data(chosen, train, out, [_counted(groups)], options)
+        methods.choose(chosen, readings[1].groups)
+        return Data(chosen, given, readings[1].groups, readings, options)
+    train, out = _hold_out(given) if held is None else (given, [])
+    return Data(chosen, train, out, readings, options)
 
 
 def _hold_out(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
@@ -100,7 +124,7 @@ def _counted(groups: Sequence[Group]) -> Reading:
 
 
 @dataclass
-class Rendered:
+class RenderedData:
     """Batches ready to be scored, with the rows that the method asks for besides, and the count of every row."""
 
     train: Batch
@@ -135,7 +159,7 @@ class _Part:
         return found
 
 
-def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long: TooLong, template: str | None) -> Rendered:
+def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long: TooLong, template: str | None) -> RenderedData:
     """Renders both parts and refuses what is left of too little, before a model is loaded."""
     train, held = (
         render(groups, tokenizer, max_length=max_length, too_long=too_long, template=template)
@@ -165,15 +189,16 @@ def render_data(data: Data, tokenizer: Any, *, max_length: int | None, too_long:
         "groups": sum(size["groups"] for size in sizes),
         "findings": [asdict(f) for part in parts for f in part.lost],
         "sources": [source for part in parts for source in part.sources()],
+        **({"votes": [reading.votes for reading in data.readings]} if data.options.votes else {}),
         "unused": unused,
         "train": sizes[0],
         "eval": sizes[1],
     }
     again = partial(render, tokenizer=tokenizer, template=template)
-    return Rendered(method.rows(train, again), method.rows(held, again), summary)
+    return RenderedData(method.rows(train, again), method.rows(held, again), summary)
 
 
-def render_said(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) -> Rendered:
+def render_said(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) -> RenderedData:
     """`render_data` by the keys of a run; what came of it is said."""
     too_long, template = keys.data.too_long, keys.data.template
     rendered = render_data(data, tokenizer, max_length=limit, too_long=too_long, template=template)
@@ -187,7 +212,20 @@ def render_said(data: Data, tokenizer: Any, keys: TrainKeys, limit: int | None) 
         log.warning(f"{data.method.label} makes no example of {what}")
     if line := methods.balance(data.method, rendered.train.groups):
         log.info(line)
+    _say_order(methods.make(data.method, beta=1.0), rendered.train, keys)
     return rendered
+
+
+def _say_order(method: Method, train: Batch, keys: TrainKeys) -> None:
+    """What an epoch is drawn from, and in which order, where that is asked for; refuses an order that there is not."""
+    mixing, curriculum = Mixing.of(keys.data.sources), keys.train.curriculum
+    if mixing:
+        log.info(mixing.said(method.examples(train.groups)))
+    if curriculum:
+        if method.examples_are != "comparisons":
+            line = f"it orders comparisons, and {method.name} trains on {method.examples_are}"
+            raise Refusal(line, code="unused_key", key="train.curriculum")
+        log.info(check_curriculum(curriculum, method.examples(train.groups)))
 
 
 def _check(part: _Part, options: DataOptions, *, examples: int) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from preftune.config import TrainKeys
     from preftune.data.render import Batch
     from preftune.data.render import Rendered as Sequence
-    from preftune.runs.prepare import Rendered
+    from preftune.runs.prepare import RenderedData
     from preftune.training.estimate import Estimate
     from preftune.training.method import Example
 
@@ -22,7 +22,7 @@ log = logging.getLogger("preftune")
 ROWS = 3
 
 
-def show(keys: TrainKeys, rendered: Rendered, tokenizer: Any) -> dict[str, Any]:
+def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, Any]:
     """Says it through the log, like everything that is said.
 
     Returns:
@@ -79,7 +79,9 @@ def _estimate(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
     try:
         needs, moving = methods.needs(keys.method), bool(keys.reference.sync_steps)
         model = structure(keys.model, keys.adapter, scalar=needs.scalar, trust_remote_code=keys.trust_remote_code)
-        return Estimate.of(model, dtype, best=best, reference=needs.reference, moving=moving)
+        return Estimate.of(
+            model, dtype, best=best, reference=needs.reference, moving=moving, checkpointing=keys.train.checkpointing
+        )
     except Refusal:
         raise
     except Exception as error:  # a model's own code, which a run gives its weights; the rest of the plan holds

@@ -26,7 +26,7 @@ log = logging.getLogger("preftune")
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class PassScores:
     """Of R sequences: their scored tokens one after the other, N in all.
 
     token_logp: [N] nats, float32. lengths: scored tokens of the sequences. tokens: that went through the model, padding left
@@ -71,7 +71,7 @@ class Scorer(nn.Module):
     def device(self) -> torch.device:
         return next(self.inner.parameters()).device
 
-    def forward(self, sequences: Sequence[Rendered], want: tuple[Value, ...] = ()) -> Scored:
+    def forward(self, sequences: Sequence[Rendered], want: tuple[Value, ...] = ()) -> PassScores:
         """Scores the sequences, in one pass where their rotary frequencies are the same; with a graph where gradients are
         enabled."""
         virtual = Virtual.of(self.model)
@@ -87,14 +87,14 @@ class Scorer(nn.Module):
             each = torch.cat(values).split(lengths)
             return torch.cat([each[n] for n in order])
 
-        return Scored(
+        return PassScores(
             token_logp=joined([part.token_logp for part in parts]),
             lengths=[lengths[n] for n in order],
             tokens=sum(part.tokens for part in parts),
             values={name: joined([part.values[name] for part in parts]) for name in want},
         )
 
-    def _run(self, sequences: Sequence[Rendered], want: tuple[Value, ...], virtual: Virtual | None) -> Scored:
+    def _run(self, sequences: Sequence[Rendered], want: tuple[Value, ...], virtual: Virtual | None) -> PassScores:
         """One pass."""
         if self.wanted and not self.shares and self.inner not in _SAID:
             _SAID.add(self.inner)
@@ -122,7 +122,7 @@ class Scorer(nn.Module):
         at, targets = (torch.tensor(column, device=self.device) for column in zip(*unique, strict=True))
         states = hidden[at]
         which = torch.tensor(index, device=self.device)
-        return Scored(
+        return PassScores(
             token_logp=self.head(states, targets)[which],
             lengths=[len(ours) for ours in asked],
             tokens=tokens,

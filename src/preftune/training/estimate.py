@@ -47,21 +47,34 @@ class Estimate:
     usual: int
 
     @classmethod
-    def of(cls, model: Any, dtype: torch.dtype, *, best: bool, reference: bool, moving: bool = False) -> Estimate:
+    def of(
+        cls,
+        model: Any,
+        dtype: torch.dtype,
+        *,
+        best: bool,
+        reference: bool,
+        moving: bool = False,
+        checkpointing: bool = False,
+    ) -> Estimate:
         """Of a model that is loaded, or that only has its structure (on the meta device).
 
         Args:
             best: whether the weights of the best evaluation are kept beside the last.
             reference: whether the method scores a reference. moving: whether that is a copy which follows the policy.
+            checkpointing: whether layers keep their input alone, and are computed again.
         """
         total = sum(count(p) for p in model.parameters())
         trained = sum(count(p) for p in model.parameters() if p.requires_grad)
         frozen = sum(frozen_bytes(p, dtype) for p in model.parameters() if not p.requires_grad)
         # multiply and add, forward; twice that backward, half of it where frozen weights take no gradient of their own
-        passes = 1 + (2 if trained == total else 1) + reference
+        passes = 1 + (2 if trained == total else 1) + reference + checkpointing
         usual, token_bytes = default_budget(model), None
         try:
             token_bytes = int(PASSING * kept_bytes(model, dtype))
+            if checkpointing:  # one layer's at a time, and the input of each
+                text = model.config.get_text_config()
+                token_bytes = token_bytes // text.num_hidden_layers + text.hidden_size * dtype.itemsize * text.num_hidden_layers
         except Exception as error:  # a model's own code, called in a way that only counting needs
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             log.warning(f"memory per token is not known, {type(model).__name__} fails where it is counted ({said})")

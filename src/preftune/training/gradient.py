@@ -21,7 +21,7 @@ from preftune.data.render import Batch
 from preftune.models.randomness import random_state, set_random_state
 from preftune.scoring.score import passes
 from preftune.scoring.scorer import Scorer, evaluation_mode
-from preftune.training.method import Example, Method, Scored
+from preftune.training.method import Example, ExampleScores, Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,10 @@ class Step:
         """The denominator of the loss."""
         return denominator(self.method, self.batch, self.examples)
 
-    def scored(self, places: Sequence[int], rows: Sequence[int], logp: Tensor, baseline: Tensor | None) -> Scored:
+    def scored(self, places: Sequence[int], rows: Sequence[int], logp: Tensor, baseline: Tensor | None) -> ExampleScores:
         """What the method's loss is given: logp [len(rows)] of these rows, and these examples over them."""
         local = {row: n for n, row in enumerate(rows)}
-        return Scored.of(
+        return ExampleScores.of(
             [self.examples[place] for place in places],
             [[local[row] for row in self.needs[place]] for place in places],
             logp,

@@ -45,7 +45,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ExampleScores:
     """Scores of R responses, and P examples over them.
 
     policy_logp, reference_logp: [R] nats, summed over the scored tokens; the reference is None where no method needs it. Of a
@@ -76,7 +76,7 @@ class Scored:
         reference_logp: Tensor | None,
         lengths: Sequence[int],
         baseline: Tensor | None = None,
-    ) -> Scored:
+    ) -> ExampleScores:
         """rows: of what each example reads, its places in R. lengths: of the R responses."""
         device = policy_logp.device
         labels = torch.tensor([(e.preference, e.weight, e.strength) for e in examples], device=device).view(-1, 3)
@@ -154,6 +154,6 @@ class Method(Protocol):
         """The example's share of the batch's denominator; `lengths`: scored tokens of its responses."""
         ...
 
-    def loss(self, scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scored: ExampleScores) -> tuple[Tensor, dict[str, Tensor]]:
         """([P] unreduced losses times weight, metrics [P] to be averaged over examples; NaN = does not count)."""
         ...

@@ -21,6 +21,8 @@ class Moving:
     weights are shared with the policy: of an adapter a copy of the adapter alone is held. There alpha mixes its factors, and so
     not quite their product. What the reference says of a row is computed when it is asked, in the policy's own precision.
 
+    `masters` are its weights in float32, in the policy's order.
+
     Args:
         weights: the model that trains.
         every: optimizer steps between two updates.
@@ -32,7 +34,7 @@ class Moving:
         self.model: Any = copy_sharing(weights.compute, lambda parameter: not parameter.requires_grad)
         self._used = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False)
-        self._masters = [p if p.dtype == torch.float32 else p.float() for p in self._used]
+        self.masters = [p if p.dtype == torch.float32 else p.float() for p in self._used]
 
     def logp(self, batch: Batch, rows: Sequence[int], budget: int, *, share: bool) -> Tensor:
         """[len(batch)] nats of these rows, now."""
@@ -43,7 +45,15 @@ class Moving:
         """Call after each optimizer step, with its number."""
         if step % self.every:
             return
-        for own, used, policy in zip(self._masters, self._used, weights.masters, strict=True):
+        for own, used, policy in zip(self.masters, self._used, weights.masters, strict=True):
             own.lerp_(policy, self.alpha)
+            if used is not own:
+                used.copy_(own)
+
+    @torch.no_grad()
+    def put(self, masters: Sequence[Tensor]) -> None:
+        """Its weights, float32, as `masters` held them."""
+        for own, used, value in zip(self.masters, self._used, masters, strict=True):
+            own.copy_(value)
             if used is not own:
                 used.copy_(own)

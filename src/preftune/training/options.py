@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard"]
 Sharing = Literal["auto", "require", "off"]
+Curriculum = Literal["easy_first", "hard_first"]
 
 
 class TrainOptions(BaseModel):
@@ -20,13 +21,22 @@ class TrainOptions(BaseModel):
     keep_best: bool = Field(
         default=True, description="With eval_every: model/ holds the weights with the lowest held-out loss, not the last ones."
     )
-    save_every: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Optimizer steps between checkpoints; 0: none but the last weights, or those of an interruption."
+    early_stop: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Evaluations in a row without a lower held-out loss after which training ends; with eval_every.",
+    )
+    save_every: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Optimizer steps between checkpoints; absent: one every 30 minutes; 0: only when the run is stopped.",
     )
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(default=2, description="Newest checkpoints kept.")
     tokens_per_microbatch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="Most distinct tokens of one pass; changes memory and speed, never the result. Default: by free memory.",
+    )
+    checkpointing: bool = Field(
+        default=False,
+        description="Activations of a layer are computed again in the backward pass instead of kept: less memory, more time.",
     )
     sharing: Sharing = Field(
         default="auto",
@@ -36,6 +46,10 @@ class TrainOptions(BaseModel):
         default=0.1, description="Share of the steps with rising learning rate."
     )
     schedule: Schedule = Field(default="cosine", description="Course of the learning rate after the warm-up.")
+    curriculum: Curriculum | None = Field(
+        default=None,
+        description="Order of the comparisons in each epoch by margin: easy_first or hard_first; absent: shuffled.",
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Gradients are clipped to this norm.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
     trackers: list[Tracker] = Field(default=[], description="Where metrics go besides metrics.jsonl: tensorboard.")

@@ -36,14 +36,16 @@ class Weights:
     """The trained weights of a model: float32 masters, and the model that computes with them.
 
     `compute` is the caller's model where its trained parameters are float32 and float32 is asked; otherwise a copy of
-    it in the compute precision. `masters` are always float32 and are what the optimizer steps.
+    it in the compute precision. `masters` are always float32 and are what the optimizer steps; `names` are theirs.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
         self.compute: Any = in_precision(model, dtype)
-        pairs = zip(model.parameters(), self.compute.parameters(), strict=True)
-        self._trained = [(own, used) for own, used in pairs if own.requires_grad]
+        pairs = zip(model.named_parameters(), self.compute.parameters(), strict=True)
+        trained = [(name, own, used) for (name, own), used in pairs if own.requires_grad]
+        self.names = [name for name, _, _ in trained]
+        self._trained = [(own, used) for _, own, used in trained]
         self.masters = [own if own.dtype == torch.float32 else own.detach().float() for own, _ in self._trained]
 
     @contextmanager

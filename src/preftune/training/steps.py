@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from preftune.data.render import Batch
 from preftune.errors import RunFailed
+from preftune.models.randomness import random_state
 from preftune.scoring.score import default_budget
 from preftune.scoring.scorer import Scorer
 from preftune.training.gradient import Step, backward
@@ -21,7 +21,9 @@ from preftune.training.memory import finer_if_needed, fits, indivisible, memory_
 from preftune.training.method import Example, Method
 from preftune.training.moving import Moving
 from preftune.training.options import TrainOptions
+from preftune.training.order import Mixing, ordered
 from preftune.training.precision import Weights, gradient_norm
+from preftune.training.state import Saved, Training
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,17 @@ def plan(
     seed: int,
     learning_rate: float,
     options: TrainOptions,
+    mixing: Mixing | None = None,
 ) -> Plan:
-    """Groups are shuffled by (seed, epoch), marks within a group too; a group's marks follow each other and may go on
-    in the next step; the last batch of an epoch may be smaller."""
+    """Each epoch's examples in their order (see `order.ordered`), cut into steps: a group's may go on in the next one, and the
+    last batch of an epoch may be smaller."""
     assert examples, "nothing to train on is refused before"
     total = count_steps(len(examples), batch_size=batch_size, epochs=epochs, steps=steps)
     batches: list[tuple[int, tuple[Example, ...]]] = []
-    epoch = 0
-    while len(batches) < total:
-        order = shuffled(examples, seed, epoch)
-        for at in range(0, len(order), batch_size):
-            batches.append((epoch, tuple(order[at : at + batch_size])))
-        epoch += 1
+    for epoch, order in enumerate(ordered(examples, seed, mixing=mixing, curriculum=options.curriculum)):
+        batches += [(epoch, tuple(order[at : at + batch_size])) for at in range(0, len(order), batch_size)]
+        if len(batches) >= total:
+            break
     return Plan(tuple(batches[:total]), learning_rate, options)
 
 
@@ -74,44 +75,37 @@ def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | N
     return steps if steps is not None else max(1, round(epochs * math.ceil(examples / batch_size)))
 
 
-def shuffled(examples: Sequence[Example], seed: int, epoch: int) -> list[Example]:
-    groups: dict[int, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.group, []).append(example)
-    order = random.Random(f"{seed}/{epoch}")  # a string seed is hashed the same way on every machine
-    keys = list(groups)
-    order.shuffle(keys)
-    result: list[Example] = []
-    for key in keys:
-        order.shuffle(groups[key])
-        result += groups[key]
-    return result
+def begin(weights: Weights, the_plan: Plan, moving: Moving | None = None) -> Training:
+    """A run before its first step."""
+    rate, decay = the_plan.learning_rate, the_plan.options.weight_decay
+    optimizer = torch.optim.AdamW(weights.masters, lr=rate, weight_decay=decay, fused=True)
+    budget = the_plan.options.tokens_per_microbatch
+    return Training(weights, optimizer, moving, budget, random=random_state(weights.compute.device))
 
 
 def steps(
-    weights: Weights,
+    training: Training,
     batch: Batch,
     method: Method,
     the_plan: Plan,
     reference_logp: Tensor | None,
-    moving: Moving | None = None,
+    earlier: Saved | None = None,
 ) -> Generator[dict[str, Any]]:
     """Takes the plan's optimizer steps, and yields each step's metrics, measured before that step's update.
 
     Args:
-        weights: the model that trains.
+        training: from `begin`; between two steps it is what a checkpoint holds.
         batch: all rendered training responses.
-        reference_logp: [len(batch)] nats, where the method needs a reference.
-        moving: in its place, a reference that is scored in every step and follows the policy.
+        reference_logp: [len(batch)] nats, where the method needs a reference that stays; one that moves is scored each step.
+        earlier: tensors and facts of a run of the same plan, which goes on after its last step.
 
     Raises:
         RunFailed: a loss or gradient that is not finite, and the optimizer has not stepped on it; a micro-batch that does not
             fit into memory and cannot be cut.
     """
-    options = the_plan.options
-    optimizer = torch.optim.AdamW(weights.masters, lr=the_plan.learning_rate, weight_decay=options.weight_decay, fused=True)
+    options, weights, moving = the_plan.options, training.weights, training.moving
     scorer = Scorer(weights.compute, share=options.sharing != "off")
-    budget = options.tokens_per_microbatch or default_budget(scorer.model)
+    budget = training.budget or default_budget(scorer.model)
 
     def taken(examples: Sequence[Example], budget: int) -> tuple[dict[str, float], int]:
         reference = reference_logp
@@ -121,24 +115,30 @@ def steps(
         return backward(scorer, Step.of(scorer, batch, method, examples, reference, budget))
 
     with weights.collecting(scorer.head):
-        budget = fits(scorer, optimizer, batch, method, [examples for _, examples in the_plan.batches], budget)
-        for number, (epoch, examples) in enumerate(the_plan.batches, start=1):
+        if earlier is not None:
+            budget = earlier.facts["budget"]
+        budget = fits(scorer, training.optimizer, batch, method, [examples for _, examples in the_plan.batches], budget)
+        if earlier is not None:
+            training.restore(earlier)
+            del earlier  # as large as weights and optimizer together
+        for number, (epoch, examples) in list(enumerate(the_plan.batches, start=1))[training.step :]:
             began = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
+            training.optimizer.zero_grad(set_to_none=True)
             (line, tokens), budget = finer_if_needed(
                 lambda budget, own=examples: taken(own, budget),
                 budget,
                 least=indivisible(scorer, batch, examples),
-                clear=lambda: optimizer.zero_grad(set_to_none=True),
+                clear=lambda: training.optimizer.zero_grad(set_to_none=True),
             )
             norm = gradient_norm(weights.masters)
             _check_finite(number, line["loss"], norm, examples)
             torch.nn.utils.clip_grads_with_norm_(weights.masters, options.max_grad_norm, norm)
             rate = the_plan.rate(number)
-            step(optimizer, rate)
+            step(training.optimizer, rate)
             weights.refresh()
             if moving is not None:
                 moving.follow(number, weights)
+            training.taken(number, budget)
             seconds = time.perf_counter() - began
             yield {
                 "step": number,

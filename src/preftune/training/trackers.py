@@ -20,10 +20,10 @@ def check(names: Sequence[str]) -> None:
 
 
 class TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, after: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
 
     def log(self, line: dict[str, Any]) -> None:
         for name, value in line.items():
@@ -34,5 +34,6 @@ class TensorBoard:
         self.writer.close()
 
 
-def start(names: Sequence[str], folder: Path) -> list[TensorBoard]:
-    return [TensorBoard(folder / "tensorboard") for _ in names]
+def start(names: Sequence[str], folder: Path, *, after: int = 0) -> list[TensorBoard]:
+    """after: the step that a run goes on after; what was logged of later ones is taken back."""
+    return [TensorBoard(folder / "tensorboard", after) for _ in names]

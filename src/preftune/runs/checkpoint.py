@@ -1,0 +1,177 @@
+"""Checkpoints on disk: written aside, with a manifest of checksums, and renamed; read only if they are whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from preftune.errors import Refusal
+from preftune.training.state import Saved
+
+log = logging.getLogger("preftune")
+
+FORMAT = 1
+MANIFEST, TENSORS, FACTS = "manifest.json", "state.safetensors", "state.json"
+Write = Callable[[Path], None]
+T = TypeVar("T")
+
+
+def save(parent: Path, step: int, saved: Saved, write_model: Write, *, beside: Path | None = None, keep: int) -> Path:
+    """`parent`/step-000100: the model as transformers loads it, and what training needs to go on from there.
+
+    Args:
+        write_model: writes the model into a folder.
+        beside: a file that belongs to it and is replaced, never changed: linked, not copied, where the disk can.
+        keep: newest checkpoints that stay.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left, and older ones are there.
+    """
+    folder = parent / f"step-{step:06d}"
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        write_model(aside)
+        save_file({name: tensor.contiguous() for name, tensor in saved.tensors.items()}, aside / TENSORS)
+        (aside / FACTS).write_text(json.dumps(saved.facts), encoding="utf-8")
+        if beside is not None and beside.is_file():
+            _link(beside, aside / beside.name)
+        sums = {path.name: _sum(path) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": sums}, indent=1), encoding="utf-8")
+        _flush(aside)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise _as_os_error(error) from error
+    if folder.exists():  # left behind by a process that this one goes on for: the same step
+        shutil.rmtree(folder)
+    os.replace(aside, folder)
+    for old in sorted(parent.glob("step-*[0-9]"))[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """safetensors raises an error of its own, which names the system's by number."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+
+
+def tried(what: str, place: Path, write: Callable[[], T]) -> T | None:
+    """Writes something that the run can go on without: where that fails, it is said, and what was saved before is there."""
+    try:
+        return write()
+    except (OSError, SafetensorError) as error:
+        log.warning(f"{what} was not written ({reason(_as_os_error(error), place)}); {_newest(place)}")
+        return None
+
+
+def reason(error: OSError, place: Path) -> str:
+    """What is to be done about a file that cannot be written."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error.strerror or str(error)
+    free = shutil.disk_usage(place if place.exists() else place.parent).free
+    return f"the disk is full, {free / 1e9:.1f} GB are free: free some in {place.absolute()}"
+
+
+def _newest(parent: Path) -> str:
+    found = sorted(parent.glob("step-*[0-9]"))
+    return f"{found[-1].name} is there" if found else "there is no checkpoint yet"
+
+
+def latest(parent: Path) -> Path | None:
+    """The newest checkpoint that is whole; those after it are named, with what is wrong with them.
+
+    Raises:
+        Refusal: one that a newer version of preftune wrote; or there are some, and none is whole.
+    """
+    found = sorted(parent.glob("step-*[0-9]"), reverse=True)
+    for folder in found:
+        fault = damage(folder)
+        if fault is None:
+            return folder
+        log.warning(f"{folder}: {fault}; it is left out")
+    if found:
+        line = f"none of its {len(found)} checkpoints is whole: start anew with train {parent.parent / 'config.yaml'} out=NEW"
+        raise Refusal(line, code="damaged_checkpoints", key="resume")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None: it is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        if manifest["format"] > FORMAT:
+            line = (
+                f"{folder} is of format {manifest['format']}, written by a newer preftune; this one reads {FORMAT}: update it"
+            )
+            raise Refusal(line, code="newer_checkpoint", key="resume")
+    except FileNotFoundError:
+        return f"has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes and not {expected['bytes']:,}"
+        if _sum(path) != expected:
+            return f"{name} is damaged (its checksum differs)"
+    if not {TENSORS, FACTS} <= set(files):
+        return f"{MANIFEST} names no {TENSORS}"
+    return None
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself."""
+    return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+
+
+def load(folder: Path) -> Saved:
+    """What a whole checkpoint holds, on the CPU."""
+    return Saved(load_file(folder / TENSORS), facts_of(folder))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One file of tensors, aside and then renamed: a link to the one that was there keeps what that held."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+    os.replace(aside, path)
+
+
+def _sum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk without links
+        shutil.copyfile(source, target)
+
+
+def _flush(folder: Path) -> None:
+    """To the disk itself, before the name says that it is whole: a machine may lose its power too."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

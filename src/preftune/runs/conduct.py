@@ -1,0 +1,246 @@
+"""From what was brought together to a run and its folder: adapter, precision, token budget, steps, files."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal as signals
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preftune import methods, report
+from preftune.config import TrainKeys, dump
+from preftune.errors import Interrupted, RunFailed
+from preftune.runs import folder as files
+from preftune.runs.prepare import RenderedData
+
+if TYPE_CHECKING:
+    import torch
+
+    from preftune.runs.job import Job, Progress, Run
+    from preftune.scoring.store import Store
+    from preftune.training.signals import Stop
+
+log = logging.getLogger("preftune")
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """How to get another reference model, and the starting policy once more after training; None: there is none.
+
+    store, identity: where the reference's values are kept, and what it is known by there.
+    earlier: of another run, with which this one's folder begins. passing: bytes of a reference that is gone before the steps.
+    """
+
+    other: Callable[[], Any] | None
+    again: Callable[[], Any] | None
+    store: Store | None
+    identity: bytes | None
+    earlier: Path | None = None
+    passing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """All that a run is made of, brought together: loaded, rendered, resolved.
+
+    out: its folder, if it has one. reopened: a run began there, and this one goes on for it, from the checkpoint `resume` or,
+    where there is none yet, from the start.
+    """
+
+    model: Any
+    tokenizer: Any
+    rendered: RenderedData
+    keys: TrainKeys
+    references: References
+    model_ref: str
+    out: Path | None = None
+    progress: Progress | None = None
+    reopened: bool = False
+    resume: Path | None = None
+
+
+def is_kept(keys: TrainKeys) -> bool:
+    """Whether there is a reference, and its values stay what they are."""
+    return methods.needs(keys.method).reference and not keys.reference.sync_steps
+
+
+def resolved(
+    keys: TrainKeys, method: methods.MethodOptions, out: Path | None, limit: int | None, *, adapter: bool
+) -> TrainKeys:
+    """The keys with every default filled in, said where it was chosen here."""
+    usual = methods.needs(method).learning_rate
+    rate = keys.learning_rate or (float(f"{10 * usual:g}") if adapter else usual)  # not 9.999999999999999e-06
+    if keys.learning_rate is None:
+        log.info(f"learning_rate: {rate:g}, the default for {method.label}{' with an adapter' if adapter else ''}")
+    if keys.steps is not None and "epochs" in keys.model_fields_set:
+        log.info(f"steps and epochs are both given: steps={keys.steps} counts")
+    return keys.model_copy(
+        update={
+            "method": methods.resolved(method),
+            "beta": methods.beta_said(method, keys.beta),
+            "learning_rate": rate,
+            "max_length": limit,
+            "out": str(out) if out else None,
+        }
+    )
+
+
+def conduct(setup: Setup) -> Run:
+    """The run, and its folder.
+
+    Raises:
+        RunFailed, Interrupted: see `runs.trainer.run`.
+    """
+    from preftune.models.adapters import is_adapter, merged
+    from preftune.models.load import save_model
+    from preftune.models.low_rank import fused
+    from preftune.runs.reference import OWN
+    from preftune.runs.trainer import run
+
+    job = _job(setup)
+    out, earlier, started = setup.out, setup.references.earlier, time.time()
+    with _brought_to_an_end(out) as stop:
+        environment = _open_folder(out, job.keys, setup) if out else {}
+        if out and earlier and earlier.is_file() and not setup.reopened:
+            (out / "checkpoints").mkdir()
+            shutil.copyfile(earlier, out / "checkpoints" / OWN)
+        try:
+            with fused(job.model):
+                result = run(job, stop)
+        finally:
+            job.model.eval()  # the adapter's dropout off again, and its checkpointing
+        if out is not None:
+            if job.keys.adapter.merge and is_adapter(result.model):
+                result.model = merged(result.model)
+            save_model(result.model, setup.tokenizer, out / "model", dtype=job.dtype)
+            _close_folder(out, result, environment | {"seconds": round(time.time() - started, 1)})
+    return result
+
+
+def _job(setup: Setup) -> Job:
+    """The model in its precision, with its adapter; the budget; the stores."""
+    from preftune.models.adapters import adapter_dropout_on, checkpointing_on
+    from preftune.runs.job import Job
+    from preftune.runs.reference import OWN
+    from preftune.scoring.scorer import require_sharing
+    from preftune.scoring.store import Store, Stored
+    from preftune.training.precision import DTYPES, default_dtype
+
+    keys, references, kind = setup.keys, setup.references, setup.model.device.type
+    dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(setup.model.device)
+    keys = keys.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    model, new_adapter, again = _trainable(setup, dtype)
+    if keys.train.sharing == "require":
+        require_sharing(model)
+    keys = _with_budget(keys, model, dtype, passing=references.passing)
+    stores = [Store(setup.out / "checkpoints" / OWN)] if setup.out else []
+    stores += [references.store] if references.store else []
+    identity = references.identity
+    model = adapter_dropout_on(model.eval())
+    return Job(
+        model=checkpointing_on(model) if keys.train.checkpointing else model,
+        tokenizer=setup.tokenizer,
+        train=setup.rendered.train,
+        held=setup.rendered.held,
+        method=methods.make(keys.method, beta=keys.beta),
+        keys=keys,
+        dtype=dtype,
+        new_adapter=new_adapter,
+        load_reference=references.other,
+        load_start=again,
+        stored=tuple(Stored(store, identity, dtype, kind) for store in stores) if identity else (),
+        out=setup.out,
+        resume=setup.resume,
+        **({"progress": setup.progress} if setup.progress else {}),
+    )
+
+
+def _trainable(setup: Setup, dtype: torch.dtype) -> tuple[Any, bool, Callable[[], Any] | None]:
+    """(the model with what trains switched on, whether an adapter is new and its base the reference, the start once more)."""
+    import torch
+
+    from preftune.models.adapters import add_adapter, frozen_copy, is_adapter, trainable_adapter
+    from preftune.models.weights import cast_parameters
+
+    model, keys, again = setup.model, setup.keys, setup.references.again
+    if any(p.is_floating_point() and torch.finfo(p.dtype).bits < torch.finfo(dtype).bits for p in model.parameters()):
+        # what is measured would have digits that the model in hand could not keep
+        held = str(dtype).removeprefix("torch.")
+        log.info(f"the model's weights are held in {held} from here on, the precision that it is trained and measured in")
+        cast_parameters(model, dtype)
+    new_adapter = keys.adapter.type != "none"
+    if new_adapter:
+        model = add_adapter(model, keys.adapter, seed=keys.seed, tokenizer=setup.tokenizer, dtype=dtype)
+        # a reference that follows the policy starts as it does: with virtual tokens that is not the base
+        new_adapter = not (keys.adapter.virtual and keys.reference.sync_steps)
+    else:
+        model = trainable_adapter(model) if is_adapter(model) else model.requires_grad_(True)
+    if is_adapter(model) and not new_adapter:
+        start = frozen_copy(model)
+        again = lambda: start  # noqa: E731  # the adapter as it was, around the same base
+    return model, new_adapter, again
+
+
+def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: int) -> TrainKeys:
+    """With the token budget of a micro-batch that the free memory allows, where none is asked for."""
+    from preftune.training.estimate import Estimate, free_bytes
+
+    free = free_bytes(model.device)
+    best = bool(keys.train.eval_every) and keys.train.keep_best
+    reference, moving = methods.needs(keys.method).reference, bool(keys.reference.sync_steps)
+    found = Estimate.of(model, dtype, best=best, reference=reference, moving=moving, checkpointing=keys.train.checkpointing)
+    if free is not None:
+        free += sum(p.nbytes for p in model.parameters()) + passing  # they are there already
+        if found.fixed_bytes > free:
+            raise RunFailed(
+                f"{found.parameters:,} parameters, {found.trained:,} of them trained, take {found.fixed_bytes / 1e9:.3g} GB "
+                f"with gradients and AdamW's moments, and {free / 1e9:.3g} GB are free: train an adapter (adapter=lora)",
+                code="out_of_memory",
+            )
+    if keys.train.tokens_per_microbatch is not None:
+        return keys
+    train = keys.train.model_copy(update={"tokens_per_microbatch": found.tokens(free)})
+    return keys.model_copy(update={"train": train})
+
+
+@contextmanager
+def _brought_to_an_end(out: Path | None) -> Generator[Stop]:
+    """A signal stops the steps where everything that was computed is saved; one that comes while the end is being written lets
+    it be written, and is answered then."""
+    from preftune.training.signals import stoppable
+
+    with stoppable() as stop:
+        yield stop
+    if stop.signal is not None:
+        done = f"; the run is complete in {out}" if out else ""
+        name = signals.Signals(stop.signal).name
+        raise Interrupted(f"stopped by {name} after the last step{done}", signal_number=stop.signal)
+
+
+def _open_folder(out: Path, keys: TrainKeys, setup: Setup) -> dict[str, Any]:
+    """What can be written before the first step; gives the environment back, which the end adds to."""
+    if not setup.reopened:
+        files.make(out, overwrite=keys.overwrite)
+    files.write_text(out / "config.yaml", dump(keys))
+    files.write_json(out / "data.json", setup.rendered.summary)
+    data_files = [source["path"] for source in setup.rendered.summary["sources"]]
+    environment = files.environment([*files.model_files(setup.model_ref), *data_files], device=str(setup.model.device))
+    if setup.reopened and (first := files.read_json(out / "environment.json")):
+        again = {"started": environment["started"], "versions": environment["versions"]}
+        environment = first | {"resumed": [*first.get("resumed", []), again]}
+    files.write_json(out / "environment.json", environment)
+    return environment
+
+
+def _close_folder(out: Path, result: Run, environment: dict[str, Any]) -> None:
+    """The figures and the report; the weights are saved by then."""
+    kept = {"kept_step": result.kept_step}
+    files.write_json(out / "evaluation.json", {"before": result.before, "after": result.after, **kept})
+    files.write_lines(out / "samples.jsonl", result.samples)
+    files.write_json(out / "environment.json", environment)
+    report.write(out)

@@ -1,0 +1,93 @@
+"""What changes in a run from step to step, taken out whole and put back: weights, optimizer, a reference that moves, random
+numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from preftune.models.randomness import random_state, set_random_state
+from preftune.training.moving import Moving
+from preftune.training.precision import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a `Training` held after some step."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+@dataclass
+class Training:
+    """A run between two steps.
+
+    step: steps taken. budget: tokens of a micro-batch; None: not known yet. random: states of torch's generators when the last
+    step had been taken; a step that fails leaves them behind.
+    """
+
+    weights: Weights
+    optimizer: torch.optim.Optimizer
+    moving: Moving | None = None
+    budget: int | None = None
+    step: int = 0
+    random: list[Tensor] = field(default_factory=list[Tensor])
+
+    def taken(self, step: int, budget: int) -> None:
+        """Call after each step."""
+        self.step, self.budget, self.random = step, budget, random_state(self.weights.compute.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it that is a tensor, by name, where it stands: `weight.` the float32 masters, `optimizer.` its state of each,
+        `reference.` the weights of a reference that moves, `random.` the generators."""
+        found = {f"weight.{name}": master for name, master in zip(self.weights.names, self.weights.masters, strict=True)}
+        if self.moving is not None:
+            found |= {f"reference.{name}": own for name, own in zip(self.weights.names, self.moving.masters, strict=True)}
+        found |= {f"optimizer.{name}.{key}": value for name, key, value in self._moments() if isinstance(value, Tensor)}
+        found |= {f"random.{n}": state for n, state in enumerate(self.random)}
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """The rest, as JSON takes it."""
+        others: dict[str, dict[str, Any]] = {}
+        for name, key, value in self._moments():
+            if not isinstance(value, Tensor):
+                others.setdefault(name, {})[key] = value
+        return {"step": self.step, "budget": self.budget, "optimizer": others}
+
+    @torch.no_grad()
+    def restore(self, saved: Saved) -> None:
+        """Puts back what `tensors` and `facts` gave, of a run of the same model and settings; the random numbers come last."""
+        tensors, facts = saved.tensors, saved.facts
+        self.restore_weights(saved)
+        if self.moving is not None:
+            self.moving.put([tensors[f"reference.{name}"] for name in self.weights.names])
+        state: dict[int, dict[str, Any]] = {}
+        for n, name in enumerate(self.weights.names):
+            start = f"optimizer.{name}."
+            own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            state[n] = own | facts["optimizer"].get(name, {})
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        count = sum(key.startswith("random.") for key in tensors)
+        device = self.weights.compute.device
+        set_random_state(device, [tensors[f"random.{n}"].cpu() for n in range(count)])
+        self.taken(facts["step"], facts["budget"])
+
+    @torch.no_grad()
+    def restore_weights(self, saved: Saved) -> None:
+        """Puts back the weights alone."""
+        for name, master in zip(self.weights.names, self.weights.masters, strict=True):
+            master.copy_(saved.tensors[f"weight.{name}"])
+        self.weights.refresh()
+
+    def _moments(self) -> Iterator[tuple[str, str, Any]]:
+        """(name of the weight, key, value) of the optimizer's state."""
+        for name, master in zip(self.weights.names, self.weights.masters, strict=True):
+            for key, value in self.optimizer.state.get(master, {}).items():
+                yield name, key, value

@@ -1,0 +1,64 @@
+"""Activation checkpointing: the same step with less memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from preftune.errors import Refusal
+from preftune.models.adapters import checkpointing_on
+from preftune.runs.fit import fit
+from preftune.training.estimate import Estimate
+
+pytestmark = pytest.mark.usefixtures("short_answers")
+SAME = {"pairs_per_s", "tokens_per_s", "memory_gb"}
+
+
+def run(checkpointing: bool, **keys: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    model = tiny.model()
+    keys = {"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "train": {"checkpointing": checkpointing}, **keys}
+    found = fit(model, tiny.tokenizer(), tiny.pairs(8), **keys)
+    return [{k: v for k, v in line.items() if k not in SAME} for line in found.metrics], tiny.state(found.model)
+
+
+@pytest.mark.parametrize("keys", [{}, {"adapter": {"type": "lora", "dropout": 0.2}}, {"method": "orpo"}], ids=str)
+def test_a_run_is_the_same_with_it(keys: dict[str, Any]) -> None:
+    """Dropout too falls as it did the first time."""
+    (lines, state), (expected, plain) = run(True, **keys), run(False, **keys)
+    assert lines == expected
+    assert tiny.same(state, plain)
+
+
+def test_layers_run_twice_and_only_where_there_is_a_gradient() -> None:
+    model, calls = tiny.model(), 0
+    right = model.model.layers[0].mlp.forward
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return right(*arguments)
+
+    model.model.layers[0].mlp.forward = counted
+    checkpointing_on(model)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert calls == 1
+    model(input_ids=ids).logits.sum().backward()
+    assert calls == 3
+
+
+def test_it_takes_less_memory_and_more_time() -> None:
+    plain, less = (Estimate.of(tiny.model(), torch.float32, best=False, reference=True, checkpointing=c) for c in (False, True))
+    assert less.token_bytes and plain.token_bytes and less.token_bytes < plain.token_bytes
+    assert less.operations / plain.operations == pytest.approx(5 / 4)
+
+
+def test_a_model_that_cannot_is_refused() -> None:
+    model = tiny.model()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(Refusal, match=r"train\.checkpointing"):
+        checkpointing_on(model)

@@ -1,0 +1,327 @@
+"""A run that was stopped anywhere and goes on is the run that was not stopped: weights, metrics, samples, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import PAIRS, call, write_model, write_rows
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from preftune.config import TrainKeys, resolve
+from preftune.errors import Interrupted, Refusal
+from preftune.runs import checkpoint, course, metrics
+from preftune.runs.resume import keys_of
+from preftune.runs.train import train
+
+pytestmark = pytest.mark.usefixtures("short_answers", "no_report")
+
+MEASURED = {"pairs_per_s", "tokens_per_s", "memory_gb"}
+STEPS = 6
+KINDS = {
+    "full": ["train.eval_every=2"],
+    "lora": ["adapter=lora", "adapter.dropout=0.3", "dtype=bfloat16", "train.eval_every=3"],
+    "checkpointed": ["train.checkpointing=true", "adapter=lora", "adapter.dropout=0.3"],
+    "moving": ["reference.sync_steps=2", "reference.sync_alpha=0.5"],
+}
+
+
+class Killed(BaseException):
+    """As kill -9: nothing in a run answers it."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    here, before = tmp_path_factory.mktemp("resume"), os.getcwd()
+    write_model(here / "m", positions=128)
+    write_rows(here / "pairs.jsonl", PAIRS[:24])
+    os.chdir(here)
+    yield here
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Callable[[str], Path]:
+    """The folder of a run that nothing stopped, by kind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("preftune.runs.answers.NEW_TOKENS", 3)
+        patch.setattr("preftune.report.write", lambda folder: None)
+        for kind in KINDS:
+            begin(kind, place / f"whole-{kind}")
+    return lambda kind: place / f"whole-{kind}"
+
+
+def words(kind: str, out: Path) -> list[str]:
+    usual = ["model=m", "data=pairs.jsonl", "batch_size=8", f"steps={STEPS}", "learning_rate=3e-3", "train.save_every=2"]
+    return [*usual, "reference.store=off", *KINDS[kind], f"out={out}"]
+
+
+def begin(kind: str, out: Path, progress: Any = None) -> None:
+    train(resolve(TrainKeys, words(kind, out)), progress=progress)
+
+
+def go_on(out: Path, *more: str, progress: Any = None) -> Any:
+    return train(keys_of([f"resume={out}", *more]), config=out / "config.yaml", progress=progress)
+
+
+def same(out: Path, other: Path) -> bool:
+    """Whether two runs left the same: weights, metrics of every step, figures and samples."""
+    (one, two) = (load_file(next((folder / "model").glob("*.safetensors"))) for folder in (out, other))
+    weights = one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    files = ("evaluation.json", "samples.jsonl")
+    return weights and lines(out) == lines(other) and all((out / f).read_bytes() == (other / f).read_bytes() for f in files)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in found]
+
+
+def at(phase: str, done: int | None) -> Any:
+    def watch(now: str, count: int, total: int, line: dict[str, Any]) -> None:
+        if now == phase and done in (count, None):
+            raise Killed
+
+    return watch
+
+
+POINTS = [("full", 1), ("full", 5), *((kind, n) for kind in KINDS for n in (3, 6))]
+
+
+@pytest.mark.parametrize(("kind", "step"), POINTS)
+def test_killed_after_any_step(kind: str, step: int, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        begin(kind, out, at("train", step))
+    assert len(list((out / "checkpoints").glob("step-*"))) == min(2, (step - 1) // 2), "the checkpoint is written after that"
+    go_on(out)
+    assert same(out, whole(kind))
+    assert "\nresume" not in (out / "config.yaml").read_text()
+    assert json.loads((out / "environment.json").read_text())["resumed"][0]["started"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("preftune.runs.checkpoint.save_file", 1),
+        ("preftune.runs.checkpoint._flush", 2),
+        ("preftune.runs.checkpoint.os.replace", 2),
+        ("preftune.runs.course.Best._write", 2),
+        ("preftune.runs.checkpoint.write_tensors", 2),
+        ("preftune.runs.metrics.Sink.__call__", 3),
+        ("preftune.runs.conduct.files.write_json", 1),
+        ("preftune.runs.trainer.files.write_json", 2),
+    ],
+)
+def test_killed_within_any_write(
+    name: str, count: int, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the calls of what is written have gone well by then; the same file may be written in two places."""
+    out, seen = tmp_path / "run", 0
+    parent, _, last = name.rpartition(".")
+    right = getattr(pytest.importorskip("pydoc").locate(parent), last)
+
+    def breaks(*arguments: Any, **more: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            raise Killed
+        return right(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(name, breaks)
+        with pytest.raises(Killed):
+            begin("full", out)
+    assert seen == count
+    go_on(out)
+    assert same(out, whole("full"))
+    assert not list((out / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("phase", ["reference", "evaluate", "kl"])
+def test_stopped_by_a_signal_in_any_phase(phase: str, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two times: the first and the last pass of that kind, if the run has several. The second goes on from the first."""
+    out, passes = tmp_path / "run", 0
+
+    def count(now: str, done: int, total: int, line: dict[str, Any]) -> None:
+        nonlocal passes
+        passes += now == phase
+
+    begin("full", tmp_path / "counted", count)
+    for number in dict.fromkeys((1, passes)):
+        seen = 0
+
+        def stops(now: str, done: int, total: int, line: dict[str, Any], number: int = number) -> None:
+            nonlocal seen
+            seen += now == phase
+            if now == phase and seen == number:
+                raise KeyboardInterrupt
+
+        shutil.rmtree(out, ignore_errors=True)
+        with pytest.raises(Interrupted, match=f"train resume={out}"):
+            begin("full", out, stops)
+        go_on(out)
+        assert same(out, whole("full")), number
+
+
+def test_a_run_may_go_on_for_longer(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole("full"), out)
+    go_on(out, f"steps={STEPS + 3}", "train.trackers=[tensorboard]")
+    assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 4))
+    assert "steps: 9" in (out / "config.yaml").read_text() and (out / "tensorboard").is_dir()
+    with pytest.raises(Refusal, match="8 steps already"):
+        go_on(out, "steps=7")
+
+
+def test_it_ends_early_once_the_held_out_loss_does_not_fall(tmp_path: Path, place: Path, caplog: Any) -> None:
+    """A learning rate that is far too high; killed on the way, it ends at the same step."""
+    said = [
+        "model=m",
+        "data=pairs.jsonl",
+        "batch_size=4",
+        "steps=12",
+        "learning_rate=0.5",
+        "train.save_every=1",
+        "dtype=float32",
+    ]
+    said += ["train.eval_every=1", "train.early_stop=2", "train.schedule=constant"]
+    with caplog.at_level("INFO", "preftune"):
+        result = train(resolve(TrainKeys, [*said, f"out={tmp_path / 'whole'}"]))
+    assert result.kept_step + 2 == len(lines(tmp_path / "whole")) < 12 and "train.early_stop: ended after step" in caplog.text
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(resolve(TrainKeys, [*said, f"out={out}"]), progress=at("kl", None))
+    go_on(out)
+    assert same(out, tmp_path / "whole")
+
+
+# -- checkpoints that are not whole -------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path) -> list[Path]:
+    return sorted(next(iter(sorted(folder.glob("checkpoints/step-*"), reverse=True))).iterdir())
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    how: str, whole: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [path.name for path in saved(whole("full"))]
+    assert {"manifest.json", "state.safetensors", "state.json", "model.safetensors", "best.safetensors"} <= {*names}
+    for name in names:
+        out = tmp_path / f"{how}-{name}"
+        shutil.copytree(whole("full"), out)
+        newest, older = (out / "checkpoints" / f"step-00000{n}" for n in (6, 4))
+        path = newest / name
+        data = bytearray(path.read_bytes())
+        if how == "missing":
+            path.unlink()
+        else:
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data[:-1] if how == "cut" else data)
+        assert checkpoint.latest(out / "checkpoints") == older, name
+        assert str(newest) in caplog.text and (name in caplog.text)
+        caplog.clear()
+
+
+def test_what_is_done_when_none_is_whole(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole("full"), out)
+    for path in (out / "checkpoints").glob("step-*/state.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(Refusal, match="none of its 2 checkpoints is whole: start anew") as refused:
+        go_on(out, "steps=9")
+    assert refused.value.code == "damaged_checkpoints"
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole("full"), out)
+    path = out / "checkpoints" / "step-000006" / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(Refusal, match="newer preftune"):
+        go_on(out, "steps=9")
+
+
+def test_the_best_of_a_checkpoint_is_that_of_its_step(whole: Callable[[str], Path]) -> None:
+    """A later best evaluation replaces the file beside the checkpoints, and not what they hold of it."""
+    found = [checkpoint.facts_of(folder)["best"] for folder in sorted((whole("full") / "checkpoints").glob("step-*"))]
+    assert [step for step, *_ in found] == [4, 6]
+    kept = [load_file(p) for p in sorted((whole("full") / "checkpoints").glob("step-*/best.safetensors"))]
+    states = [load_file(p) for p in sorted((whole("full") / "checkpoints").glob("step-*/state.safetensors"))]
+    for best, state in zip(kept, states, strict=True):
+        assert all(torch.equal(best[name], state[f"weight.{name}"]) for name in best)
+
+
+def test_a_full_disk_stops_nothing(
+    whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right, seen = checkpoint.save_file, 0
+
+    def full(*arguments: Any, **more: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 4:  # the second checkpoint: before it one of each evaluation
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        right(*arguments, **more)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    begin("full", tmp_path / "run")
+    assert same(tmp_path / "run", whole("full"))
+    (said,) = [r.getMessage() for r in caplog.records if "was not written" in r.getMessage()]
+    assert "step 4" in said and "GB are free: free some in" in said and "step-000002 is there" in said
+    assert [p.name for p in sorted((tmp_path / "run/checkpoints").glob("step-*"))] == ["step-000002", "step-000006"]
+
+
+def test_metrics_lose_half_a_line_and_later_steps(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    with metrics.open_metrics(tmp_path, [], after=2) as sink:
+        assert sink.lines == [{"step": 1}, {"step": 2}]
+        sink({"step": 3, "x": 1})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "x": 1}\n'
+
+
+def test_without_a_number_of_steps_time_decides(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**6, 1000))  # seconds: a checkpoint after every second look
+    monkeypatch.setattr(course.time, "monotonic", lambda: next(clock))
+    train(resolve(TrainKeys, ["model=m", "data=pairs.jsonl", "steps=4", "batch_size=4", f"out={tmp_path / 'run'}"]))
+    assert [p.name for p in sorted((tmp_path / "run/checkpoints").glob("step-*"))]
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_refused(whole: Callable[[str], Path], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = whole("full")
+    write_rows(place / "other.yaml", [{"beta": 0.3, "steps": 8}])
+    for said, code, parts in (
+        ((f"resume={run}",), "complete", ["steps="]),
+        ((f"resume={run}", "learning_rate=1e-5", "beta=0.2"), "another_config",
+         ["learning_rate is 0.003 there and 1e-05 here", "beta is 0.1 there and 0.2 here"]),
+        (("other.yaml", f"resume={run}"), "another_config", ["beta is 0.1 there and 0.3 here"]),
+        ((f"resume={run}", "steps=8", "dry_run=true"), "unused_key", ["dry_run"]),
+        ((f"resume={run}", "steps=8", "overwrite=true"), "unused_key", ["overwrite"]),
+        ((f"resume={place / 'm'}",), "no_run", ["no config.yaml"]),
+        (("resume=nowhere",), "no_run", ["nowhere is not there"]),
+        ((f"resume={run}", "steps=2"), "beyond_the_end", ["6 steps already"]),
+    ):  # fmt: skip
+        answer = call(capsys, "train", *said, "--json")
+        assert (answer.code, answer.error["code"]) == (2, code), answer.err
+        assert all(part in answer.error["message"] for part in parts), answer.error
+    before = (place / "pairs.jsonl").read_text()
+    try:
+        write_rows(place / "pairs.jsonl", PAIRS[:25])
+        answer = call(capsys, "train", f"resume={run}", "steps=8", "--json")
+        assert (answer.code, answer.error["code"]) == (2, "changed_file") and "pairs.jsonl" in answer.err
+    finally:
+        (place / "pairs.jsonl").write_text(before)
+    assert lines(run)[-1]["step"] == STEPS, "nothing was touched"
