@@ -191,8 +191,8 @@ def test_a_reference_that_follows_shares_the_base(base: Path, tokenizer: Any) ->
     moving = Moving(Weights(made, torch.float32), every=1, alpha=1.0)
     own, copied = packed(made), packed(moving.model)
     assert own and all(copied[name] is weight for name, weight in own.items())
-    states = [m.weight.quant_state for m in moving.model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
-    assert all(any(state is weight.quant_state for weight in own.values()) for state in states)
+    states = [m.quant_state for m in moving.model.modules() if getattr(m, "quant_state", None) is not None]
+    assert states and all(any(state is weight.quant_state for weight in own.values()) for state in states)
     run = fit(
         load_model(str(base), quantize=True), tokenizer, adapter="qlora", reference_sync_steps=1, reference_sync_alpha=1.0
     )
