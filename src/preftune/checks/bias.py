@@ -28,8 +28,8 @@ def length_bias(
 
     Returns:
         `comparisons` that say which answer is better, `dropped` of them in dropped rows, `equal` in length;
-        `longer_preferred` of all, its `_interval`, and what it would be by `chance`; the same `without_equal`, by chance 0.5;
-        the median lengths `better` and `worse`. None where nothing is compared.
+        `longer_preferred` of all, its `_interval`, what it would be by `chance`; the same `without_equal`, by chance 0.5; the
+        median lengths `better` and `worse`. None where nothing is compared.
     """
     decided = table.decided
     a_wins = table.preference[decided] > 0.5
