@@ -38,11 +38,11 @@ from preftune.records import By, Comparison, Group, Mark, Response
 from preftune.runs.fit import fit
 from preftune.scoring.score import score
 
-SEEDS, HELD_DEBATES, PAIRS, CHUNK = 5, 4, 3000, 16
+SEEDS, HELD_DEBATES, PAIRS, CHUNK = 5, 4, 2000, 8
 SAID = {"a1": 1.0, "equal": 0.5, "a2": 0.0}
-LENGTH = 192  # tokens of topic and argument; the end of longer ones is cut
+LENGTH = 128  # tokens of topic and argument; the end of longer ones is cut
 SETTINGS: dict[str, Any] = {
-    "batch_size": 64, "learning_rate": 1e-4, "epochs": 1.0, "max_length": LENGTH, "dtype": "float32",
+    "batch_size": 32, "learning_rate": 3e-4, "epochs": 1.0, "max_length": LENGTH, "dtype": "float32",
     "data": {"too_long": "truncate_response"}, "train": {"tokens_per_microbatch": 4096},
 }  # fmt: skip
 ARMS = ("hard", *labels.METHODS)
@@ -98,7 +98,7 @@ def hardened(mark: Comparison) -> Comparison:
 
 
 def chunks(pairs: Sequence[tuple[Group, Comparison]], chosen: Sequence[int]) -> list[Group]:
-    """Groups of up to 16 pairs of one topic: a step holds pairs of several, and arguments of a group are scored once."""
+    """Groups of up to 8 pairs of one topic: a step holds pairs of several, and arguments of a group are scored once."""
     by_topic: dict[str, list[int]] = {}
     for n in chosen:
         by_topic.setdefault(pairs[n][0].id, []).append(n)
