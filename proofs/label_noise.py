@@ -17,7 +17,7 @@ from torch import Tensor
 from preftune import losses
 
 CLEAN, RATES = 0.9, (0.0, 0.1, 0.2, 0.3, 0.4)
-DRAWS, SEEDS = 10_000, 20
+DRAWS, SEEDS = 10_000, 50
 ARMS = ("dpo", "cdpo", "robust")
 
 
@@ -28,7 +28,7 @@ def best(name: str, seen: float, noise: float) -> float:
     zero, one = torch.tensor([0]), torch.tensor([1])
     reference = torch.zeros(2, dtype=torch.float64)
     preference = torch.tensor([seen], dtype=torch.float64)
-    for _ in range(15):
+    for _ in range(30):
         policy = torch.stack([gap / 2, -gap / 2])
         loss: Tensor = getattr(losses, name)(policy, reference, zero, one, beta=1.0, preference=preference, **keys).sum()
         (slope,) = torch.autograd.grad(loss, gap, create_graph=True)
