@@ -7,6 +7,7 @@ The answers, their rewards, the steps and the learning rate are the same for all
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import common
@@ -37,20 +38,25 @@ def draw(figure: Any, base: dict[str, float], runs: dict[str, dict[str, float]])
     axes.legend(frameon=False, fontsize=8, title="judgements", title_fontsize=8)
 
 
+def run(task: film.Task, name: str) -> dict[str, Any]:
+    """What the model is after so many steps of a method."""
+    logging.getLogger("preftune").setLevel(logging.ERROR)
+    kind = KINDS.get(NEEDS[name].kind, NEEDS[name].kind)
+    keys = {"method": name, "epochs": 1.0, "steps": STEPS, "batch_size": SIZES.get(kind, film.STEP)}
+    policy = film.trained(task, film.groups(task, kind), **keys)
+    found = film.measured(task, policy, load_model(model_folder()))
+    print(name, found, flush=True)
+    return {"beta": NEEDS[name].beta, "kind": kind, **found}
+
+
 def main() -> None:
     logging.getLogger("preftune").setLevel(logging.ERROR)
     task = film.prepare(STEPS * film.OPENINGS, HELD)
     start = load_model(model_folder())
     base = film.measured(task, start, start)
-    runs: dict[str, dict[str, Any]] = {}
-    for name, needs in NEEDS.items():
-        if needs.scalar:
-            continue
-        kind = KINDS.get(needs.kind, needs.kind)
-        data = film.groups(task, kind)
-        policy = film.trained(task, data, method=name, epochs=1.0, steps=STEPS, batch_size=SIZES.get(kind, film.STEP))
-        runs[name] = {"beta": needs.beta, "kind": kind, **film.measured(task, policy, start)}
-        print(name, runs[name], flush=True)
+    names = [name for name, needs in NEEDS.items() if not needs.scalar]
+    with common.workers() as pool:
+        runs = dict(zip(names, pool.map(partial(run, task), names), strict=True))
     rows = [
         [name, WORDS[r["kind"]], "–" if r["beta"] is None else f"{r['beta']:g}", f"{r['reward']:+.2f}", f"{r['positive']:.0%}",
          f"{r['kl']:.2f}", f"{r['length']:.1f}"]

@@ -6,13 +6,21 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs" / "proofs"
 INKS = ("#2f6db3", "#c8553d", "#4f8a5b", "#8a6bb0", "#b8860b", "#3c4047")
+
+
+def workers() -> ProcessPoolExecutor:
+    """A process for each core, with one thread: small models gain nothing from more."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
 
 
 def machine() -> str:

@@ -49,28 +49,30 @@ def draw(figure: Any, found: dict[str, list[dict[str, float]]]) -> None:
         axes.set_title(label, fontsize=9)
 
 
-def main() -> None:
+def of_seed(seed: int) -> tuple[dict[str, dict[str, float]], dict[str, tuple[int, int]]]:
+    """(figures, counts of desirable and undesirable ratings) of each arm"""
     logging.getLogger("preftune").setLevel(logging.ERROR)
-    start = load_model(model_folder())
-    found: dict[str, list[dict[str, float]]] = {}
-    numbers: dict[str, tuple[int, int]] = {}
-    for seed in range(SEEDS):
-        task = film.prepare(OPENINGS, HELD, seed=100 * seed)
-        everything = film.groups(task, "ratings", seed=seed)
-        few = unbalanced(everything, seed)
-        arms: dict[str, tuple[list[Group], float]] = {
-            "all ratings, weight 1": (everything, 1.0),
-            "a tenth of the desirable, weight 1": (few, 1.0),
-            "a tenth of the desirable, weight 13.33": (few, 13.33),
-        }
-        for name, (data, weight) in arms.items():
-            keys = {"method": {"name": "kto", "desirable_weight": weight}, "seed": seed, "steps": STEPS}
-            policy = film.trained(task, data, **keys)
-            found.setdefault(name, []).append({"weight": weight, **film.measured(task, policy, start)})
-            numbers[name] = counts(data)
-            print(seed, name, found[name][-1], flush=True)
-        found.setdefault("before", []).append({"weight": 0.0, **film.measured(task, start, start)})
-    found = {"before": found.pop("before"), **found}
+    start, task = load_model(model_folder()), film.prepare(OPENINGS, HELD, seed=100 * seed)
+    everything = film.groups(task, "ratings", seed=seed)
+    few = unbalanced(everything, seed)
+    arms: dict[str, tuple[list[Group], float]] = {
+        "all ratings, weight 1": (everything, 1.0),
+        "a tenth of the desirable, weight 1": (few, 1.0),
+        "a tenth of the desirable, weight 13.33": (few, 13.33),
+    }
+    found = {"before": {"weight": 0.0, **film.measured(task, start, start)}}
+    for name, (data, weight) in arms.items():
+        keys = {"method": {"name": "kto", "desirable_weight": weight}, "seed": seed, "steps": STEPS}
+        found[name] = {"weight": weight, **film.measured(task, film.trained(task, data, **keys), start)}
+        print(seed, name, found[name], flush=True)
+    return found, {name: counts(data) for name, (data, _) in arms.items()}
+
+
+def main() -> None:
+    with common.workers() as pool:
+        seeds = list(pool.map(of_seed, range(SEEDS)))
+    found = {name: [figures[name] for figures, _ in seeds] for name in seeds[0][0]}
+    numbers = seeds[-1][1]
 
     def shown(runs: list[dict[str, float]], key: str) -> str:
         values = [r[key] for r in runs]
