@@ -86,17 +86,18 @@ def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     words = parser.parse_args()
     folder = common.prepared(words, steps=words.steps)
     result: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in words.kinds:
         how = {"dtype": words.dtype, "tokens": words.tokens, "steps": words.steps, "kind": kind}
         result[kind] = found = compare(folder, how, words.repeats)
         print(
             f"{kind}, {words.dtype}: {found['ratio']:.2f}x of at most {found['bound']:.2f}x (to reach: {found['at_least']}x); "
             f"losses differ by at most {found['largest_loss_difference']:.1e}"
         )
-    common.write(words, f"store_sweep-{words.dtype}", result)
+    common.write(words, "-".join(["store_sweep", *(words.kinds if len(words.kinds) == 1 else []), words.dtype]), result)
 
 
 if __name__ == "__main__":
