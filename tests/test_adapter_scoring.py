@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,12 @@ from test_trie import ALONE, ROPES, SHARING, build, one_by_one, rows, same_gradi
 from torch import Tensor
 
 from preftune.data.render import Rendered
-from preftune.models.adapters import adapter_off, add_adapter
+from preftune.errors import Refusal
+from preftune.models.adapters import adapter_off, add_adapter, checkpointing_on
 from preftune.models.options import AdapterOptions
 from preftune.scoring import scorer
 from preftune.scoring.score import passes
-from preftune.scoring.scorer import Scorer
+from preftune.scoring.scorer import Scorer, check_recomputed
 from preftune.scoring.selfcheck import one_by_one as by_peft
 from preftune.training.estimate import kept_bytes, pass_tokens
 
@@ -94,6 +96,18 @@ def test_so_it_is_with_a_prompt_copy_for_every_response(name: str, kind: str) ->
 def test_virtual_tokens_count_where_frequencies_follow_from_the_length(rope: str, kind: str, share: bool) -> None:
     """Rows within the limit are beyond it with the virtual tokens before them."""
     check_exact(adapted(build(*ROPES[rope]), kind), short_and_long(), share=share)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_layers_that_compute_again_see_the_virtual_tokens_too(kind: str) -> None:
+    """Where prompts are not shared, keys and values would be lost: that is refused."""
+    model = adapted(build("Llama", {}), kind)
+    plain = copy.deepcopy(model)
+    gradients = [gradient(made, rows()) for made in (plain, checkpointing_on(model))]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=2e-5 * float(gradients[0].abs().max()))
+    check_recomputed(model, share=True)
+    with pytest.raises(Refusal, match="leave one of the two away") if kind == "prefix" else nullcontext():
+        check_recomputed(model, share=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

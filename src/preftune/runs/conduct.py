@@ -127,7 +127,7 @@ def _job(setup: Setup) -> Job:
     from preftune.models.adapters import adapter_dropout_on, checkpointing_on
     from preftune.runs.job import Job
     from preftune.runs.reference import OWN
-    from preftune.scoring.scorer import require_sharing
+    from preftune.scoring.scorer import check_recomputed, require_sharing
     from preftune.scoring.store import Store, Stored
     from preftune.training.precision import DTYPES, default_dtype
 
@@ -137,6 +137,8 @@ def _job(setup: Setup) -> Job:
     model, new_adapter, again = _trainable(setup, dtype)
     if keys.train.sharing == "require":
         require_sharing(model)
+    if keys.train.checkpointing:
+        check_recomputed(model, share=keys.train.sharing != "off")
     keys = _with_budget(keys, model, dtype, passing=references.passing)
     stores = [Store(setup.out / "checkpoints" / OWN)] if setup.out else []
     stores += [references.store] if references.store else []

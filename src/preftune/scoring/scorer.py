@@ -226,6 +226,15 @@ def require_sharing(model: Any) -> None:
         raise Refusal(line, code="cannot_share", key="train.sharing")
 
 
+def check_recomputed(model: Any, *, share: bool) -> None:
+    """Refuses activation checkpointing of a model that would lose a prefix by it: where prompts are not shared its keys and
+    values are a cache, and a layer that computes again is given none by transformers."""
+    virtual = Virtual.of(model)
+    if virtual and not virtual.embedded and not Scorer(model, share=share).shares:
+        line = "adapter=prefix needs answers that share their prompt for it: leave one of the two away, or adapter=prompt"
+        raise Refusal(line, code="no_checkpointing", key="train.checkpointing")
+
+
 def _ask(model: Any) -> str | None:
     # a classifier has no head of this kind
     if backbone(model) is None or (not hasattr(model, "score") and Head(model).body is None):
