@@ -16,6 +16,7 @@ from preftune.checks.check import check, quick
 from preftune.checks.templates import Problems, last_turn
 from preftune.checks.texts import Frequent, alike, refuses
 from preftune.checks.tokens import Tokens
+from preftune.data.options import DataOptions
 from preftune.data.read import read
 from preftune.data.render import Speaker
 from preftune.errors import Refusal
@@ -213,6 +214,17 @@ def test_length_bias_by_hand() -> None:
     assert high == pytest.approx(0.75 + 1.96 * (0.75 * 0.25 / 40) ** 0.5, abs=0.03)
 
 
+def test_labels_of_dropped_rows_count() -> None:
+    """By the last answer: what stands before it differs here, which is why the row is dropped."""
+    asked = "\n\nHuman: {}\n\nAssistant: {}"
+    good = {"chosen": asked.format("who", "me"), "rejected": asked.format("who", "them")}
+    differs = {"chosen": asked.format("a", "a long answer"), "rejected": asked.format("something quite other", "short")}
+    report = check([good, differs]).report
+    assert report["dropped"] == {"prompts_differ": 1}
+    length = report["length_bias"]
+    assert (length["comparisons"], length["dropped"], length["longer_preferred"]) == (2, 1, 0.5)
+
+
 def test_position_bias_is_of_columns_that_name_no_winner() -> None:
     battle = {"annotator": "w", "response_a": " x y", "response_b": " u v", "prompt": "p"}
     rows = [battle | {"item": str(n), "prompt": f"p {n}", "choice": "a" if n % 5 else "b"} for n in range(50)]
@@ -265,6 +277,14 @@ def test_balance_of_columns() -> None:
     assert report["balance"] == {"category": {"rows": 20, "values": 2, "shares": {"a": 0.95, "b": 0.05}}}
     assert findings(report, "unbalanced")
     assert check([pair(n, lang="de") for n in range(3)], columns=("lang",)).report["balance"]["lang"]["rows"] == 3
+
+
+def test_what_a_filter_leaves_out_is_no_row() -> None:
+    rows = [pair(n, lang="de" if n % 2 else "en") for n in range(10)]
+    report = check(rows, options=DataOptions(filter="lang == de")).report
+    assert report["rows"] == 5 and report["sources"][0]["filtered"] == 5
+    with pytest.raises(Refusal, match="leaves none of 10 rows"):
+        check(rows, options=DataOptions(filter="lang == fr"))
 
 
 # -- with a model ---------------------------------------------------------------------------------------------------------

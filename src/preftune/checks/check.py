@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from preftune.checks.ledger import COMPARISON, DEMONSTRATION, JOINED, RATING, Ta
 from preftune.checks.repeats import Pairs, contradictions, cycles, duplicates, shared_prompts
 from preftune.checks.tokens import Tokens
 from preftune.data.options import DataOptions
-from preftune.data.read import Part, enforce
-from preftune.data.sources import Stream, streams
+from preftune.data.read import Part, check_left, enforce
+from preftune.data.sources import Rows, streams
 from preftune.errors import Refusal
 from preftune.records import Finding, Group, Mark
 
@@ -107,18 +107,17 @@ def quick(groups: Sequence[Group]) -> tuple[str, list[Finding]]:
 
 def _read(collect: Collect, sources: Any, options: DataOptions, progress: Progress) -> None:
     for stream in streams(sources, options):
-        collect.read(_said(stream, progress))
+        stream.rows = _said(stream.name, stream.rows, progress)
+        collect.read(stream)
+    check_left(collect.reading)
     collect.finish()
 
 
-def _said(stream: Stream, progress: Progress) -> Stream:
-    def rows() -> Any:
-        for n, item in enumerate(stream.rows, start=1):
-            if n % 1000 == 0:
-                progress(stream.name, n)
-            yield item
-
-    return replace(stream, rows=rows())
+def _said(name: str, rows: Rows, progress: Progress) -> Rows:
+    for n, item in enumerate(rows, start=1):
+        if n % 1000 == 0:
+            progress(name, n)
+        yield item
 
 
 def _refused(part: Part, options: DataOptions) -> list[Finding]:

@@ -52,7 +52,8 @@ class Collect:
     def read(self, stream: Stream) -> None:
         """All rows of a stream."""
         self._columns, self._raw = stream.columns, {}
-        take(replace(stream, rows=self._watched(stream.rows)), self, self.reading)
+        stream.rows = self._watched(stream.rows)  # in place: a filter counts on the stream what it leaves out
+        take(stream, self, self.reading)
         self._before(None)
         if self.reading.sources[-1]["format"] in ORDERED:
             self.ordered.add(stream.name)

@@ -74,7 +74,7 @@ class Tokens:
             found: list[Finding] = []
             left, cut, _ = fitted(group, rendered, self.limit, way, self._speaker.start_token, found)
             counts["rows"] += 1
-            counts["dropped"] += bool(found)
+            counts["dropped"] += bool(_rows_of(found))
             counts["only_difference"] += any(f.code == "identical_tokens" for f in found)
             if not left.responses:
                 continue

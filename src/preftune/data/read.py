@@ -90,10 +90,15 @@ def load(sources: Any, *, options: DataOptions | None = None) -> Reading:
         for stream in streams(sources, options):
             take(stream, grouping, reading)
         reading.groups = grouping.groups()
+    check_left(reading)
+    return reading
+
+
+def check_left(reading: Reading) -> None:
+    """Refuses a filter that no row passes."""
     if not reading.rows:
         left_out = sum(source["filtered"] for source in reading.sources)
         raise Refusal(f"the filter leaves none of {left_out:,} rows", code="nothing_kept", key="data.filter")
-    return reading
 
 
 @contextmanager
