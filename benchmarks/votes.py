@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -127,12 +128,13 @@ def with_gold(votes: Votes, gold: np.ndarray[Any, Any]) -> dict[str, float]:
 
 
 def timed(votes: Votes) -> dict[str, float]:
-    """Seconds on all votes."""
+    """Seconds on all votes, the best of three."""
     found = dict[str, float]()
     for name, work in {**METHODS, "agreement": agreement, "pairs": pair_tables, "to look at": to_look_at}.items():
-        began = time.perf_counter()
-        work(votes)
-        found[name] = time.perf_counter() - began
+        for _ in range(3):
+            began = time.perf_counter()
+            work(votes)
+            found[name] = min(found.get(name, math.inf), time.perf_counter() - began)
     return found
 
 
