@@ -17,7 +17,7 @@ import preftune
 
 SOURCE = Path(preftune.__file__).parent
 FLOORS = (
-    ("losses", "report", "records", "errors", "functions"),
+    ("losses", "report", "records", "errors", "functions", "processes"),
     ("data", "labels", "models"),
     ("scoring",),
     ("training", "generation"),
@@ -31,6 +31,7 @@ FLOORS = (
 # rooms of one floor that stand on each other
 STEPS = {
     ("functions", "errors"),
+    ("processes", "errors"),
     ("config", "config_errors"),
     ("config", "config_files"),
     ("runs", "config"),

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from preftune import __version__
+from preftune import __version__, processes
 from preftune.cli.console import setup
 from preftune.config import VERB_KEYS, all_keys
 from preftune.data.targets import listing
@@ -73,10 +73,12 @@ def _epilog(verb: str) -> str:
 def _verb(name: str) -> Callable[..., None]:
     def call(words: Words = None, as_json: Json = False, quiet: Quiet = False) -> None:
         setup(quiet=quiet)
+        if processes.asked() > 1 and name != "train":
+            raise Refusal(f"{name} is one process; of several processes only train makes use", code="one_process")
         # a user's own scorer or model code may print: the document stands alone on standard output
         with _stoppable(), redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = import_module(f"preftune.cli.{name}").run(words or [], as_json)
-        if as_json:
+        if as_json and not processes.number():
             print(to_json({} if result is None else result))
 
     return call
@@ -142,9 +144,11 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def _fail(error: PreftuneError, arguments: list[str]) -> None:
-    if "--json" in arguments:
-        _print_error(error)
-    print(f"preftune: {error}", file=sys.stderr)
+    # of the processes of one run each comes to the same error, and the first one says it, but for what befalls one of them
+    if not processes.number() or error.code == "out_of_memory":
+        if "--json" in arguments:
+            _print_error(error)
+        print(f"preftune: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
 
 

@@ -9,6 +9,8 @@ import warnings
 from types import TracebackType
 from typing import Any, Self
 
+from preftune import processes
+
 WORDS = {
     "read": "reading rows",
     "score": "scoring",
@@ -28,7 +30,8 @@ def setup(*, quiet: bool) -> None:
     handler.setFormatter(_Plain())
     log = logging.getLogger("preftune")
     log.handlers[:] = [handler]
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    # of the processes of one run the first one speaks
+    log.setLevel(logging.ERROR if processes.number() else logging.WARNING if quiet else logging.INFO)
     log.propagate = False
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft)\b")
 

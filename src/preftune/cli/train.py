@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from preftune import processes
 from preftune.cli.console import Watch
 from preftune.config import TrainKeys, resolve
 from preftune.errors import Refusal
@@ -29,6 +30,8 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     from preftune.report import verdict
 
     assert result.out is not None
+    if processes.number():  # the first one says it
+        return {}
     log.info(verdict(result.out))
     log.info(f"run: {result.out}  (report.html, model/, metrics.jsonl)")
     return {"out": str(result.out), "method": result.method, "before": result.before, "after": result.after}

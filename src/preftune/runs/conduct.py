@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preftune import methods, report
+from preftune import methods, processes, report
 from preftune.config import TrainKeys, dump
 from preftune.errors import Interrupted, RunFailed
 from preftune.runs import folder as files
@@ -103,7 +103,7 @@ def conduct(setup: Setup) -> Run:
     from preftune.runs.trainer import run
 
     job = _job(setup)
-    out, earlier, started = setup.out, setup.references.earlier, time.time()
+    out, earlier, started = setup.out if job.writes else None, setup.references.earlier, time.time()
     with _brought_to_an_end(out) as stop:
         environment = _open_folder(out, job.keys, setup) if out else {}
         if out and earlier and earlier.is_file() and not setup.reopened:
@@ -142,6 +142,7 @@ def _job(setup: Setup) -> Job:
     keys = _with_budget(keys, model, dtype, passing=references.passing)
     stores = [Store(setup.out / "checkpoints" / OWN)] if setup.out else []
     stores += [references.store] if references.store else []
+    stores = stores if processes.rank() == 0 else []
     identity = references.identity
     model = adapter_dropout_on(model.eval())
     return Job(
@@ -192,7 +193,8 @@ def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: in
     """With the token budget of a micro-batch that the free memory allows, where none is asked for."""
     from preftune.training.estimate import Estimate, free_bytes
 
-    free = free_bytes(model.device)
+    known = [free for free in processes.gathered(free_bytes(model.device)) if free is not None]
+    free = min(known, default=None)
     best = bool(keys.train.eval_every) and keys.train.keep_best
     reference, moving = methods.needs(keys.method).reference, bool(keys.reference.sync_steps)
     found = Estimate.of(model, dtype, best=best, reference=reference, moving=moving, checkpointing=keys.train.checkpointing)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from preftune import processes
 from preftune.evaluation.held_out import held_out, method_metrics, needed_rows, right_order
 from preftune.models.load import save_model
 from preftune.runs import checkpoint
@@ -109,11 +110,13 @@ class Course:
         if self.job.out is None:
             return False
         every = self.job.keys.train.save_every
-        return time.monotonic() - last > 60 * MINUTES if every is None else bool(every) and number % every == 0
+        if every is None:
+            return processes.of_first(time.monotonic() - last > 60 * MINUTES)
+        return bool(every) and number % every == 0
 
     def _save(self) -> Path | None:
         job, training, best = self.job, self.training, self.best
-        if job.out is None:
+        if not job.writes or job.out is None:
             return None
         place = job.out / "checkpoints"
         facts = training.facts() | {"pending": self.pending, "best": [best.step, best.loss, best.waited] if best.step else None}
@@ -165,7 +168,7 @@ class Best:
         if not self.job.keys.train.keep_best:
             return
         self.kept = [m.detach().clone() for m in self.weights.masters]
-        if self.job.out:
+        if self.job.writes and self.job.out:
             place = self.job.out / "checkpoints"
             checkpoint.tried(f"the best evaluation, of step {step:,},", place, lambda: self._write(place))
 
@@ -178,9 +181,9 @@ class Best:
         self.step, self.loss, self.waited = step, loss, waited
         if not path.is_file():  # train.keep_best=false
             return
-        assert self.job.out is not None
         found = load_file(path)
-        checkpoint.write_tensors(self.job.out / "checkpoints" / BEST, found)
+        if self.job.writes and self.job.out:
+            checkpoint.write_tensors(self.job.out / "checkpoints" / BEST, found)
         self.kept = [found[name].to(m.device) for name, m in zip(self.weights.names, self.weights.masters, strict=True)]
 
     def restore(self) -> int | None:

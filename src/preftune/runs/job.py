@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune import processes
 from preftune.config import TrainKeys
 from preftune.data.render import Batch
 from preftune.evaluation.evaluate import counted
@@ -65,6 +66,11 @@ class Job:
     progress: Progress = lambda phase, done, total, line: None
 
     @property
+    def writes(self) -> bool:
+        """Whether this process has a folder to write: of several the first one alone."""
+        return self.out is not None and processes.rank() == 0
+
+    @property
     def again(self) -> str:
         """How the run goes on when it was stopped; "" of one whose data came from memory."""
         return f"train resume={self.out}" if self.out and self.keys.data.sources else ""
@@ -114,5 +120,6 @@ class Stopped(Exception):
 
 
 def stop_here(stop: Stop) -> None:
-    if stop.signal is not None:
+    """All processes of a run ask at the same places: a signal that came to one of them stops all."""
+    if processes.any_of(stop.signal is not None):
         raise Stopped

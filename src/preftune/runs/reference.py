@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune import processes
 from preftune.data.render import Batch
 from preftune.errors import RunFailed
 from preftune.models.adapters import adapter_off, virtual_tokens
@@ -90,7 +91,7 @@ class _Reference:
     def logp(self, batch: Batch, rows: list[int], keep: Keep | None = None) -> Tensor:
         """[len(batch)] nats of these rows. `keep` is given what the model scored; None: the store is."""
         job = self.job
-        known = self._known(batch, rows)
+        known = processes.of_first(self._known(batch, rows))  # the first alone has stores
         missing = [row for row in rows if row not in known]
         values = torch.full((len(batch),), float("nan"))
         if missing:

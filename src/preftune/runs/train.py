@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from preftune import methods
+from preftune import methods, processes
 from preftune.config import TrainKeys, check_moving
 from preftune.data.template import apply_template
 from preftune.errors import Refusal
@@ -40,6 +40,15 @@ def train(keys: TrainKeys, *, config: Path | None = None, progress: Progress | N
         Refusal: anything that can be known to be wrong, before a model is loaded and before a folder is made.
         RunFailed, Interrupted: see `runs.trainer.run`.
     """
+    with processes.joined():
+        with processes.agreeing():
+            setup = _setup(keys, config, progress)
+        return conduct(setup) if isinstance(setup, Setup) else setup
+
+
+def _setup(keys: TrainKeys, config: Path | None, progress: Progress | None) -> Setup | dict[str, Any]:
+    """All that a run is made of; of a dry run its plan."""
+    _check_processes(keys)
     found = _models(keys)
     trackers.check(keys.train.trackers)
     reopened = Path(keys.resume) if keys.resume else None
@@ -59,9 +68,14 @@ def train(keys: TrainKeys, *, config: Path | None = None, progress: Progress | N
         return preview.show(keys, rendered, tokenizer)
     resume = _checkpoint(reopened, keys, rendered) if reopened else None
     model, references = _loaded(keys, found, tokenizer, rendered, config)
-    return conduct(
-        Setup(model, tokenizer, rendered, keys, references, found.model, out, progress, reopened is not None, resume)
-    )
+    return Setup(model, tokenizer, rendered, keys, references, found.model, out, progress, reopened is not None, resume)
+
+
+def _check_processes(keys: TrainKeys) -> None:
+    """Refuses more processes than a step has examples."""
+    if processes.size() > keys.batch_size:
+        line = f"{processes.size()} processes cannot share {keys.batch_size} examples of a step: start fewer, or raise it"
+        raise Refusal(line, code="too_many_processes", key="batch_size")
 
 
 class _Models(NamedTuple):

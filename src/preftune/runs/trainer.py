@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune import processes
 from preftune.errors import Interrupted, RunFailed
 from preftune.evaluation.held_out import held_out, needed_rows
 from preftune.generation.sample import Sample
@@ -64,7 +65,7 @@ def run(job: Job, stop: Stop) -> Run:
             reference, held = references(job, weights, the_plan, needed_rows(job.held, job.method), stop)
             prompts = sample_prompts(job)
             result.before, earlier = _before(job, weights, held, prompts, stop)
-            sink = taken.enter_context(open_metrics(job.out, job.keys.train.trackers, after=_measured_until(job)))
+            sink = taken.enter_context(open_metrics(job.out if job.writes else None, job.keys.train.trackers, after=_measured_until(job)))
             course = Course(job, weights, the_plan, held, stop, result, sink)
             course.go(reference)
             result.kept_step = course.best.restore() or result.metrics[-1]["step"]
@@ -84,8 +85,14 @@ def run(job: Job, stop: Stop) -> Run:
                 error.message += saved
                 raise
             if is_out_of_memory(error):
-                line = f"out of memory: lower train.tokens_per_microbatch or max_length{saved}"
+                where = f" in process {processes.rank()} of {processes.size()}" if processes.size() > 1 else ""
+                budget = course.training.budget if course else job.keys.train.tokens_per_microbatch
+                half = f"={budget // 2}" if budget else ""
+                line = f"out of memory{where}: lower train.tokens_per_microbatch{half} or max_length{saved}"
                 raise RunFailed(line, code="out_of_memory") from error
+            if processes.is_lost(error):
+                line = f"another process of this run has ended, after step {len(result.metrics)}: its own line says why{saved}"
+                raise RunFailed(line, code="lost_process") from error
             log.warning(f"stopped after step {len(result.metrics)} of {len(the_plan)}{saved}")
             raise
     return result
@@ -109,7 +116,7 @@ def _before(
     start = scored(job, weights.compute, job.held, needed_rows(job.held, job.method), "evaluate", stop)
     before = held_out(job.held, job.method, start, held, seed=job.keys.seed)
     found = answers(job, weights, prompts, stop)
-    if place:
+    if place and job.writes:
         files.write_json(place, {"before": before, "answers": [asdict(s) for s in found]})
     return before, found
 
@@ -118,5 +125,5 @@ def _before(
 def _seeded(seed: int, device: torch.device) -> Generator[None]:
     """An adapter's dropout draws from torch's generator: seeded inside, and left as it was outside."""
     with random_state_kept(device):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + processes.rank())  # what falls in one process says nothing of another one
         yield

@@ -45,6 +45,23 @@ def shared_batches(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]]
         passes += 1
 
 
+def shares(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]], processes: int) -> list[list[int]]:
+    """Items of each process: groups stay whole, and the distinct tokens are about as many for each. With fewer groups than
+    processes some have none."""
+    if processes == 1:
+        return [list(range(len(needs)))]
+    groups: dict[int, list[int]] = {}
+    for item, rows in enumerate(needs):
+        groups.setdefault(sequences[rows[0]].group, []).append(item)
+    pieces: list[tuple[int, list[int]]] = []
+    for items in groups.values():
+        distinct = {row for item in items for row in needs[item]}
+        start = sequences[needs[items[0]][0]].start
+        pieces.append((start + sum(len(sequences[row].ids) - start for row in distinct), items))
+    pieces.sort(key=lambda piece: (-piece[0], piece[1]))
+    return [sorted(items) for _, items in sorted(_balanced(pieces, processes), key=lambda full: (-full[0], full[1]))]
+
+
 def _balanced(pieces: Sequence[tuple[int, list[int]]], passes: int) -> list[tuple[int, list[int]]]:
     """Each piece, largest first, into the pass with the fewest tokens."""
     full: list[tuple[int, int, list[int]]] = [(0, n, []) for n in range(passes)]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from preftune import processes
 from preftune.data.render import Batch
 from preftune.errors import Refusal
 from preftune.scoring.head import Kind
@@ -105,7 +106,8 @@ def score_logp(
     progress: Callable[[int], None] | None = None,
     keep: Callable[[list[int], list[Tensor]], None] | None = None,
 ) -> Tensor:
-    """[len(batch)] logp of the asked rows without a graph, on the CPU; NaN where a row was not asked.
+    """[len(batch)] logp of the asked rows without a graph, on the CPU; NaN where a row was not asked. The passes are shared
+    out among the processes of a run, and each is given all values.
 
     Args:
         keep: given the rows of each pass and [length] nats of each scored token of theirs, on the CPU.
@@ -117,16 +119,19 @@ def score_logp(
     rows = sorted(set(rows))
     with torch.no_grad(), evaluation_mode(model):
         scorer = Scorer(model, share=share)
-        for places in passes(scorer, batch, [[row] for row in rows], tokens_per_microbatch):
-            chosen = [rows[p] for p in places]
+        cut = passes(scorer, batch, [[row] for row in rows], tokens_per_microbatch)
+        for first in range(0, len(cut), processes.size()):
+            mine = first + processes.rank()
+            chosen = [rows[p] for p in cut[min(mine, len(cut) - 1)]]  # all take part to the end: the model may be in parts
             scored = scorer([batch.sequences[r] for r in chosen])
-            tokens = list(scored.token_logp.cpu().split(scored.lengths))
-            values[chosen] = torch.stack([each.sum() for each in tokens])
-            check_finite(values[chosen], batch, chosen)
-            if keep:
-                keep(chosen, tokens)
-            if progress:
-                progress(len(chosen))
+            own = chosen, list(scored.token_logp.cpu().split(scored.lengths))
+            for found, tokens in filter(None, processes.gathered(own if mine < len(cut) else None)):
+                values[found] = torch.stack([each.sum() for each in tokens])
+                check_finite(values[found], batch, found)
+                if keep:
+                    keep(found, tokens)
+                if progress:
+                    progress(len(found))
     return values
 
 

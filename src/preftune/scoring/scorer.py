@@ -66,6 +66,7 @@ class Scorer(nn.Module):
         self.shares = share and cannot_share(self.inner) is None
         self.fused = self.shares and self.inner in _FUSED and flex.usable(self.device)
         self.rope = Rope.of(self.inner)
+        self.in_parts = False
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from preftune import processes
 from preftune.data.render import Rendered
 from preftune.models.adapters import virtual_tokens
 from preftune.models.load import max_positions
@@ -172,12 +173,14 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that this process can still take; None where it cannot be asked."""
+    """Memory that this process can still take, of a run's processes on one CPU each an equal share; None where it cannot be
+    asked."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    return min((free for free in (_available(), _left_in_group()) if free is not None), default=None)
+    free = min((free for free in (_available(), _left_in_group()) if free is not None), default=None)
+    return None if free is None else free // processes.on_this_machine()
 
 
 def _available(path: Path = Path("/proc/meminfo")) -> int | None:

@@ -6,6 +6,9 @@ of the whole step first, without a graph; its gradient with respect to each log-
 brings sum(number * logp) through the model, micro-batch by micro-batch: the same gradient for one more forward pass.
 
 Where a method has a baseline, one number for the whole step, the rows that it is taken of are scored first, without a graph.
+
+Several processes share out the examples of a step, not its loss: each divides by the total of all of them, and the gradients are
+added up, never averaged. So the step is the same for every number of processes.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from preftune import processes
 from preftune.data.render import Batch
 from preftune.models.randomness import random_state, set_random_state
+from preftune.scoring.plan import shares
 from preftune.scoring.score import passes
-from preftune.scoring.scorer import Scorer, evaluation_mode
+from preftune.scoring.scorer import PassScores, Scorer, evaluation_mode
 from preftune.training.method import Example, ExampleScores, Method
 
 
@@ -28,17 +33,18 @@ from preftune.training.method import Example, ExampleScores, Method
 class Step:
     """The examples of one optimizer step, the rows of the batch that each needs, and how these are cut.
 
-    cut: micro-batches of examples, by index. beside: rows that a baseline is taken of, one for each example that has one, and
-    `cut_beside` how their forward pass is cut, by index. reference_logp: [len(batch)] nats, where the method needs a reference.
+    cuts: of each process its micro-batches of examples, by index. beside: rows that a baseline is taken of, one for each example
+    that has one, and `cuts_beside` how their forward pass is cut, by index. reference_logp: [len(batch)] nats, where the method
+    needs a reference.
     """
 
     batch: Batch
     method: Method
     examples: Sequence[Example]
     needs: list[list[int]]
-    cut: list[list[int]]
+    cuts: list[list[list[int]]]
     beside: list[int]
-    cut_beside: list[list[int]]
+    cuts_beside: list[list[list[int]]]
     reference_logp: Tensor | None
 
     @classmethod
@@ -52,14 +58,28 @@ class Step:
         budget: int | None,
     ) -> Step:
         """budget: tokens of one micro-batch; None: the scorer's default."""
+
+        def cut(needs: list[list[int]]) -> list[list[list[int]]]:
+            found: list[list[list[int]]] = []
+            for own in shares(batch.sequences, needs, processes.size()):
+                micro_batches = passes(scorer, batch, [needs[place] for place in own], budget)
+                found.append([[own[n] for n in places] for places in micro_batches])
+            # of a model that is in parts all take part in every pass of any of them: one without examples counts for nothing
+            most = max(map(len, found)) if scorer.in_parts else 0
+            return [[*own, *[[]] * (most - len(own))] for own in found]
+
         needs = [[batch.index(e.group, r) for r in e.read] for e in examples]
         beside = [batch.index(e.group, r) for e in examples for r in e.beside]
-        cuts = (passes(scorer, batch, rows, budget) for rows in (needs, [[row] for row in beside]))
-        return cls(batch, method, examples, needs, next(cuts), beside, next(cuts), reference_logp)
+        return cls(batch, method, examples, needs, cut(needs), beside, cut([[row] for row in beside]), reference_logp)
 
     def rows(self, places: Sequence[int]) -> list[int]:
         """The distinct rows that these examples need."""
         return list(dict.fromkeys(row for place in places for row in self.needs[place]))
+
+    @property
+    def cut(self) -> list[list[int]]:
+        """The micro-batches of this process."""
+        return self.cuts[processes.rank()]
 
     @property
     def total(self) -> float:
@@ -86,15 +106,16 @@ def denominator(method: Method, batch: Batch, examples: Sequence[Example]) -> fl
 
 
 def backward(scorer: Scorer, step: Step) -> tuple[dict[str, float], int]:
-    """Accumulates the gradient of sum(weight * loss) / sum(weight) over the examples of a step.
+    """Accumulates the gradient of sum(weight * loss) / sum(weight) over the examples of a step; of several processes each its
+    own part of that sum.
 
     Returns:
-        The mean loss and metrics, and how many tokens went through the model.
+        The mean loss and metrics, and how many tokens went through the model, of all processes.
     """
     baseline, tokens = _baseline(scorer, step)
-    passed = _one_pass if step.method.separable or len(step.cut) == 1 else _two_passes
+    passed = _one_pass if step.method.separable or sum(map(len, step.cuts)) == 1 else _two_passes
     line, more = passed(scorer, step, baseline)
-    return line, tokens + more
+    return line, sum(processes.gathered(tokens + more))
 
 
 def _baseline(scorer: Scorer, step: Step) -> tuple[Tensor | None, int]:
@@ -104,11 +125,13 @@ def _baseline(scorer: Scorer, step: Step) -> tuple[Tensor | None, int]:
     assert step.reference_logp is not None
     log_ratios, tokens = torch.zeros(len(step.beside), device=scorer.device), 0
     with torch.no_grad(), evaluation_mode(scorer.model):
-        for places in step.cut_beside:
+        for places in step.cuts_beside[processes.rank()]:
             rows = [step.beside[place] for place in places]
-            scores = scorer([step.batch.sequences[row] for row in rows])
-            log_ratios[places] = scores.logp - step.reference_logp[rows].to(scorer.device)
-            tokens += scores.tokens
+            scores = _scores(scorer, step, rows)
+            if places:
+                log_ratios[places] = scores.logp - step.reference_logp[rows].to(scorer.device)
+                tokens += scores.tokens
+    processes.add_up([log_ratios])
     return step.method.baseline(log_ratios), tokens
 
 
@@ -117,13 +140,17 @@ def _one_pass(scorer: Scorer, step: Step, baseline: Tensor | None) -> tuple[dict
     loss_sum, tokens, total = 0.0, 0, step.total
     for places in step.cut:
         rows = step.rows(places)
-        scores = scorer([step.batch.sequences[row] for row in rows])
+        scores = _scores(scorer, step, rows)
+        if not places:
+            (0.0 * scores.logp.sum()).backward()
+            continue
         loss, found = step.method.loss(step.scored(places, rows, scores.logp, baseline))
         (loss.sum() / total).backward()
         loss_sum += float(loss.detach().sum())
         tokens += scores.tokens
         metrics.add(found)
-    return {"loss": loss_sum / total, **metrics.means()}, tokens
+    metrics.add_others()
+    return {"loss": math.fsum(processes.gathered(loss_sum)) / total, **metrics.means()}, tokens
 
 
 def _two_passes(scorer: Scorer, step: Step, baseline: Tensor | None) -> tuple[dict[str, float], int]:
@@ -133,20 +160,30 @@ def _two_passes(scorer: Scorer, step: Step, baseline: Tensor | None) -> tuple[di
     with torch.no_grad():
         for own in rows:
             states.append(random_state(scorer.device))
-            logp.append(scorer([step.batch.sequences[row] for row in own]).logp)
-    leaf = torch.cat(logp).requires_grad_()
+            logp.append(_scores(scorer, step, own).logp[: len(own)])
+    # of all processes: each computes the whole loss, and takes its own part of the gradient
+    before = sum(len(step.rows(places)) for cut in step.cuts[: processes.rank()] for places in cut)
+    every = [part for parts in processes.gathered([part.cpu() for part in logp]) for part in parts]
+    leaf = torch.cat(every).to(scorer.device).requires_grad_()
+    cuts = [places for cut in step.cuts for places in cut]
     # a row that stands in two micro-batches is read in the last of them, and takes its whole gradient there
-    places = [place for places in step.cut for place in places]
-    loss, found = step.method.loss(step.scored(places, [row for own in rows for row in own], leaf, baseline))
+    places, rows_of_all = [place for own in cuts for place in own], [row for own in cuts for row in step.rows(own)]
+    loss, found = step.method.loss(step.scored(places, rows_of_all, leaf, baseline))
     total, tokens, metrics = step.total, 0, _Means()
     metrics.add(found)
     (gradient,) = torch.autograd.grad(loss.sum() / total, leaf)
-    for own, state, factor in zip(rows, states, gradient.split([len(own) for own in rows]), strict=True):
+    factors = gradient[before : before + sum(map(len, rows))].split([len(own) for own in rows])
+    for own, state, factor in zip(rows, states, factors, strict=True):
         set_random_state(scorer.device, state)  # an adapter's dropout falls as it did in the first pass
-        scores = scorer([step.batch.sequences[row] for row in own])
-        (factor * scores.logp).sum().backward()
-        tokens += scores.tokens
+        scores = _scores(scorer, step, own)
+        ((factor * scores.logp).sum() if own else 0.0 * scores.logp.sum()).backward()
+        tokens += scores.tokens if own else 0
     return {"loss": float(loss.detach().sum()) / total, **metrics.means()}, tokens
+
+
+def _scores(scorer: Scorer, step: Step, rows: Sequence[int]) -> PassScores:
+    """Of these rows; of a pass that other processes need and this one has nothing for, of any row."""
+    return scorer([step.batch.sequences[row] for row in rows or step.needs[0][:1]])
 
 
 class _Means:
@@ -158,6 +195,13 @@ class _Means:
     def add(self, values: dict[str, Tensor]) -> None:
         for name, each in values.items():
             self.parts.setdefault(name, []).append(each)
+
+    def add_others(self) -> None:
+        """Those of the other processes."""
+        found = processes.gathered({name: torch.cat(parts).detach().cpu() for name, parts in self.parts.items()})
+        if len(found) > 1:
+            names = dict.fromkeys(name for own in found for name in own)
+            self.parts = {name: [own[name] for own in found if name in own] for name in names}
 
     def means(self) -> dict[str, float]:
         means = {name: float(torch.cat(parts).nanmean()) for name, parts in self.parts.items()}

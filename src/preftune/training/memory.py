@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from preftune import processes
 from preftune.data.render import Batch
 from preftune.errors import RunFailed
 from preftune.models.randomness import random_state_kept
@@ -65,7 +66,7 @@ def fits(
 
     def largest(budget: int) -> tuple[int, list[int]]:
         cuts = (Step.of(scorer, batch, method, examples, None, budget) for examples in batches)
-        all_rows = (cut.rows(places) for cut in cuts for places in cut.cut)
+        all_rows = (cut.rows(places) for cut in cuts for own in cut.cuts for places in own)
         return max((pass_tokens(batch.sequences, rows, shares=scorer.shares, before=scorer.before), rows) for rows in all_rows)
 
     def attempt(budget: int) -> None:
@@ -103,7 +104,7 @@ def finer_if_needed(work: Callable[[int], T], budget: int, least: int, clear: Ca
         try:
             return work(budget), budget
         except Exception as error:
-            if not is_out_of_memory(error) or budget <= least:
+            if not is_out_of_memory(error) or budget <= least or processes.size() > 1:  # the others do not know of it
                 raise
         # only here: the exception's traceback held the tensors of the pass that failed
         clear()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from preftune import processes
 from preftune.models.weights import cast_parameters, copy_sharing, is_packed
 from preftune.scoring.head import Head, ScalarHead
 
@@ -40,7 +41,7 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.in_parts = model, dtype, False
         self.compute: Any = in_precision(model, dtype)
         pairs = zip(model.named_parameters(), self.compute.parameters(), strict=True)
         trained = [(name, own, used) for (name, own), used in pairs if own.requires_grad]
@@ -86,6 +87,14 @@ class Weights:
                 plain.into = None
             for hook in hooks:
                 hook.remove()
+
+    @torch.no_grad()
+    def add_up_gradients(self) -> None:
+        """Of several processes each has its own part of every gradient; afterwards each has their sum."""
+        if processes.size() > 1 and not self.in_parts:
+            used = zip(*processes.gathered([master.grad is not None for master in self.masters]), strict=True)
+            summed = [master for master, by in zip(self.masters, used, strict=True) if any(by)]
+            processes.add_up(_gradient_of(master) for master in summed)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune import processes
 from preftune.data.render import Batch
 from preftune.errors import RunFailed
 from preftune.models.randomness import random_state
@@ -130,6 +131,7 @@ def steps(
                 least=indivisible(scorer, batch, examples),
                 clear=lambda: training.optimizer.zero_grad(set_to_none=True),
             )
+            weights.add_up_gradients()
             norm = gradient_norm(weights.masters)
             _check_finite(number, line["loss"], norm, examples)
             torch.nn.utils.clip_grads_with_norm_(weights.masters, options.max_grad_norm, norm)
@@ -148,7 +150,7 @@ def steps(
                 "learning_rate": rate,
                 **({"pairs_per_s": len(examples) / seconds} if method.width == 2 else {}),
                 "tokens_per_s": tokens / seconds,
-                "memory_gb": memory_gb(),
+                "memory_gb": max(processes.gathered(memory_gb())),
             }
 
 

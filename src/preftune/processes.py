@@ -1,0 +1,146 @@
+"""The processes that share one run, and what they tell each other. Nothing is asked of torch where there is one.
+
+`torchrun --nproc-per-node N -m preftune train ...` starts N of them; each finds its number in its environment. They all read the
+same data, make the same plan and take the same decisions at the same places; what is computed is shared out, and what came of
+it is told to all. The first one writes and speaks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from preftune.errors import PreftuneError, Refusal, RunFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)  # of a process that waits for another one, which is alive but does not come
+
+
+def asked() -> int:
+    """How many processes were started for this run."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def number() -> int:
+    """Which of them this one is, from 0, whether it has joined the others or not."""
+    return int(os.environ.get("RANK") or 0) if asked() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of those on this machine."""
+    return int(os.environ.get("LOCAL_RANK") or 0) if asked() > 1 else 0
+
+
+def on_this_machine() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if asked() > 1 else 1
+
+
+def size() -> int:
+    """How many have joined."""
+    if asked() == 1:
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of those this one is."""
+    return number() if size() > 1 else 0
+
+
+@contextmanager
+def joined() -> Generator[None]:
+    """Inside, the processes that were started know each other; where somebody else has joined them already, nothing is done."""
+    if asked() == 1 or size() > 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def gathered(value: T) -> list[T]:
+    """The value of every process, in their order, given to each."""
+    if size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def of_first(value: T) -> T:
+    """The first one's value, given to each."""
+    if size() == 1:
+        return value
+    import torch.distributed as dist
+
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def any_of(flag: bool) -> bool:
+    return any(gathered(flag))
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Each becomes the sum over all processes, the same to the bit on each."""
+    if size() == 1:
+        return
+    import torch.distributed as dist
+
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        assert work is not None
+        work.wait()
+
+
+@contextmanager
+def agreeing() -> Generator[None]:
+    """Inside, nobody waits for anybody; at the end, an error of one is an error of all, and the first one can name it.
+
+    Raises:
+        PreftuneError: the own one; of a process without one that of the lowest that has one, which is named.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if size() == 1:
+            raise
+        own = error
+    told = None
+    if own is not None:
+        told = (str(own) or type(own).__name__, isinstance(own, Refusal), getattr(own, "code", "internal"))
+    failed = [(number, line) for number, line in enumerate(gathered(told)) if line is not None]
+    if own is not None:
+        raise own
+    if failed:
+        number, (line, refused, code) = failed[0]
+        kind: type[PreftuneError] = Refusal if refused else RunFailed
+        raise kind(f"process {number} of {size()}: {line}", code=code)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether this process failed because another one had ended."""
+    if size() == 1:
+        return False
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))
