@@ -14,7 +14,7 @@ from preftune.generation.sample import Sample
 from preftune.scoring.plan import pack
 from preftune.scoring.rope import Rope
 from preftune.scoring.score import default_budget
-from preftune.scoring.scorer import evaluation_mode
+from preftune.scoring.scorer import callable_itself, evaluation_mode
 
 
 def kl_per_response(
@@ -46,7 +46,8 @@ def kl_per_response(
     other = policy if without_adapter else reference
     values = [0.0] * len(samples)
     ids = [list(s.prompt_ids) + list(s.ids) for s in samples]
-    with torch.no_grad(), evaluation_mode(policy), evaluation_mode(other):
+    own = callable_itself(policy), callable_itself(reference)
+    with torch.no_grad(), evaluation_mode(policy), evaluation_mode(other), own[0], own[1]:
         before = virtual_tokens(policy), 0 if without_adapter else virtual_tokens(other)
         for rows in _passes(policy, other, [len(i) for i in ids], before):
             log_p = _log_probabilities(policy, [ids[r] for r in rows], nullcontext())

@@ -15,7 +15,7 @@ import torch
 from preftune.models.adapters import is_adapter, virtual_tokens
 from preftune.models.load import max_positions
 from preftune.models.randomness import random_state_kept
-from preftune.scoring.score import evaluation_mode
+from preftune.scoring.scorer import callable_itself, evaluation_mode
 
 log = logging.getLogger("preftune")
 
@@ -74,7 +74,7 @@ def sample(
     alone = virtual_tokens(model) > 0
     found: dict[tuple[int, int], Sample] = {}
     device = next(model.parameters()).device
-    with random_state_kept(device), evaluation_mode(model):
+    with random_state_kept(device), evaluation_mode(model), callable_itself(model):
         torch.manual_seed(sampling.seed)
         while jobs:
             count = max(1, _TOKENS // ((len(prompts[jobs[0][0]]) + sampling.max_new_tokens) * sampling.beams))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -145,12 +146,26 @@ def stored_dtype(ref: str, *, trust_remote_code: bool = False) -> torch.dtype:
     return said if isinstance(said, torch.dtype) else torch.float32
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Writes a folder that transformers loads (peft, for an adapter), aside and then renamed: never half there."""
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes a folder that transformers loads (peft, for an adapter), aside and then renamed: never half there.
+
+    Args:
+        dtype: that the weights are written in; None: as they are.
+        state: from `whole_state`, of a model in parts.
+    """
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    if is_adapter(model):  # its base stays where it is
+    if state is not None:
+        state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+    elif is_adapter(model):  # its base stays where it is
         written = [p for p in model.parameters() if p.requires_grad]
         if dtype is not None and any(p.dtype != dtype for p in written):
             model = copy_sharing(model, lambda parameter: not parameter.requires_grad)
@@ -159,13 +174,22 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype |
     elif dtype is not None and any(p.dtype != dtype for p in model.parameters()):
         model = copy.deepcopy(model).to(dtype=dtype)  # the whole model: tied weights stay tied, and the config says the dtype
     with quiet():
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, **({} if state is None else {"state_dict": state}))
+        if state is not None and dtype is not None and not is_adapter(model):
+            _say_precision(aside, dtype)
         if is_adapter(model) and is_quantized(model):
             note(model, aside)
     tokenizer.save_pretrained(aside)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(aside, folder)
+
+
+def _say_precision(folder: Path, dtype: torch.dtype) -> None:
+    """Of a model in parts the config says what its masters are, float32."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def max_positions(model: Any) -> int | None:

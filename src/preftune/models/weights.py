@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from preftune import processes
+
 Model = TypeVar("Model", bound=nn.Module)
 
 # of one weight in NF4: half a byte, an 8-bit scale per 64, and a float32 scale of the scales per 64 * 256
@@ -19,6 +21,39 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 def is_packed(parameter: Tensor) -> bool:
     """Whether several weights stand in one number: bitsandbytes' Params4bit, of any storage type."""
     return hasattr(parameter, "quant_state")
+
+
+def is_in_parts(tensor: Tensor) -> bool:
+    """Whether it lies on several processes, a part on each: torch's DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor in parts put together, on the CPU of the first process; nothing on the others, which all have to ask."""
+    if not is_in_parts(tensor):
+        return tensor
+    full = tensor.detach().full_tensor()
+    return full.cpu() if processes.rank() == 0 else full.new_empty(0, device="cpu")
+
+
+def parted(value: Tensor, like: Any) -> Tensor:
+    """A whole tensor, which every process has, in the parts of another one of its shape."""
+    if not is_in_parts(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The weights that a model is saved with, put together on the first process; None where it is whole anyhow."""
+    if not any(map(is_in_parts, model.parameters())):
+        return None
+    adapter = hasattr(model, "peft_config")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    once = {name for name, _ in model.named_parameters()}  # tied weights
+    state = model.state_dict()
+    return {name: whole(state[name]) for name in state if (name in trained if adapter else name in once)}
 
 
 def count(parameter: Tensor) -> int:

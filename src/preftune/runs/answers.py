@@ -11,7 +11,7 @@ from preftune.generation.sample import Sample, Sampling, sample, with_room
 from preftune.methods.pairs import comparisons
 from preftune.records import Group
 from preftune.runs.job import Job, advancing
-from preftune.training.precision import Weights, in_precision
+from preftune.training.precision import Weights
 from preftune.training.signals import Stop
 
 SAMPLES = 20  # prompts answered before and after
@@ -67,7 +67,7 @@ def kl(job: Job, weights: Weights, samples: list[Sample], stop: Stop) -> dict[st
     load = job.load_reference or job.load_start
     if not samples or not job.method.needs_reference or (not off and load is None):
         return {}
-    reference = None if off or load is None else in_precision(load(), job.dtype)
+    reference = None if off or load is None else weights.beside(load())
     advance = advancing(job, "kl", len(samples), stop)
     values = kl_per_response(weights.compute, reference, samples, without_adapter=off, progress=advance)
     found = mean_interval(values, range(len(values)), seed=job.keys.seed)

@@ -99,6 +99,7 @@ def conduct(setup: Setup) -> Run:
     from preftune.models.adapters import is_adapter, merged
     from preftune.models.load import save_model
     from preftune.models.low_rank import fused
+    from preftune.models.weights import whole_state
     from preftune.runs.reference import OWN
     from preftune.runs.trainer import run
 
@@ -114,10 +115,11 @@ def conduct(setup: Setup) -> Run:
                 result = run(job, stop)
         finally:
             job.model.eval()  # the adapter's dropout off again, and its checkpointing
+        if job.keys.adapter.merge and is_adapter(result.model) and job.writes:
+            result.model = merged(result.model)
+        state = whole_state(result.model) if job.out else None
         if out is not None:
-            if job.keys.adapter.merge and is_adapter(result.model):
-                result.model = merged(result.model)
-            save_model(result.model, setup.tokenizer, out / "model", dtype=job.dtype)
+            save_model(result.model, setup.tokenizer, out / "model", dtype=job.dtype, state=state)
             _close_folder(out, result, environment | {"seconds": round(time.time() - started, 1)})
     return result
 

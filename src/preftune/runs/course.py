@@ -15,6 +15,7 @@ from torch import Tensor
 from preftune import processes
 from preftune.evaluation.held_out import held_out, method_metrics, needed_rows, right_order
 from preftune.models.load import save_model
+from preftune.models.weights import parted, whole, whole_state
 from preftune.runs import checkpoint
 from preftune.runs.job import Job, Run, scored, stop_here
 from preftune.runs.metrics import Sink
@@ -116,7 +117,10 @@ class Course:
 
     def _save(self) -> Path | None:
         job, training, best = self.job, self.training, self.best
-        if not job.writes or job.out is None:
+        if job.out is None:
+            return None
+        tensors, state = training.tensors(), whole_state(training.weights.compute)  # all take part, the first one writes
+        if not job.writes:
             return None
         place = job.out / "checkpoints"
         facts = training.facts() | {"pending": self.pending, "best": [best.step, best.loss, best.waited] if best.step else None}
@@ -126,8 +130,8 @@ class Course:
             lambda: checkpoint.save(
                 place,
                 training.step,
-                Saved(training.tensors(), facts),
-                lambda folder: save_model(training.weights.compute, job.tokenizer, folder),
+                Saved(tensors, facts),
+                lambda folder: save_model(training.weights.compute, job.tokenizer, folder, state=state),
                 beside=place / BEST if best.step else None,
                 keep=job.keys.train.keep_checkpoints,
             ),
@@ -168,13 +172,15 @@ class Best:
         if not self.job.keys.train.keep_best:
             return
         self.kept = [m.detach().clone() for m in self.weights.masters]
-        if self.job.writes and self.job.out:
-            place = self.job.out / "checkpoints"
-            checkpoint.tried(f"the best evaluation, of step {step:,},", place, lambda: self._write(place))
+        if self.job.out:
+            tensors = dict(zip(self.weights.names, map(whole, self.kept), strict=True))
+            state, place = whole_state(self.weights.compute), self.job.out / "checkpoints"
+            if self.job.writes:
+                checkpoint.tried(f"the best evaluation, of step {step:,},", place, lambda: self._write(place, tensors, state))
 
-    def _write(self, place: Path) -> None:
-        save_model(self.weights.compute, self.job.tokenizer, place / "best")
-        checkpoint.write_tensors(place / BEST, dict(zip(self.weights.names, self.kept, strict=True)))
+    def _write(self, place: Path, tensors: dict[str, Tensor], state: dict[str, Tensor] | None) -> None:
+        save_model(self.weights.compute, self.job.tokenizer, place / "best", state=state)
+        checkpoint.write_tensors(place / BEST, tensors)
 
     def take_up(self, path: Path, step: int, loss: float, waited: int) -> None:
         """What a run that stopped had kept, at its checkpoint; later it may have kept something else."""
@@ -184,7 +190,8 @@ class Best:
         found = load_file(path)
         if self.job.writes and self.job.out:
             checkpoint.write_tensors(self.job.out / "checkpoints" / BEST, found)
-        self.kept = [found[name].to(m.device) for name, m in zip(self.weights.names, self.weights.masters, strict=True)]
+        pairs = zip(self.weights.names, self.weights.masters, strict=True)
+        self.kept = [parted(found[name].to(m.device), m) for name, m in pairs]
 
     def restore(self) -> int | None:
         """Puts the kept weights into the model, and says of which step they are; None where none were kept."""

@@ -71,6 +71,11 @@ class Job:
         return self.out is not None and processes.rank() == 0
 
     @property
+    def in_parts(self) -> bool:
+        """Whether the model lies on several processes, a part on each."""
+        return self.keys.train.parallel == "fsdp" and processes.size() > 1
+
+    @property
     def again(self) -> str:
         """How the run goes on when it was stopped; "" of one whose data came from memory."""
         return f"train resume={self.out}" if self.out and self.keys.data.sources else ""

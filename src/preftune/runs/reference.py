@@ -17,7 +17,7 @@ from preftune.errors import RunFailed
 from preftune.models.adapters import adapter_off, virtual_tokens
 from preftune.runs.job import Job, Keep, planned_rows, scored
 from preftune.scoring.selfcheck import VALUES, check_start
-from preftune.training.precision import Weights, in_precision
+from preftune.training.precision import Weights
 from preftune.training.signals import Stop
 from preftune.training.steps import Plan
 
@@ -86,7 +86,7 @@ class _Reference:
     def model(self) -> Any:
         # before the first step the policy itself is the reference: it is scored once, and no second model is kept
         job = self.job
-        return in_precision(job.load_reference(), job.dtype) if job.load_reference else self.weights.compute
+        return self.weights.beside(job.load_reference()) if job.load_reference else self.weights.compute
 
     def logp(self, batch: Batch, rows: list[int], keep: Keep | None = None) -> Tensor:
         """[len(batch)] nats of these rows. `keep` is given what the model scored; None: the store is."""

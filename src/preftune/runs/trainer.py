@@ -34,6 +34,7 @@ from preftune.scoring.selfcheck import check_path
 from preftune.training.memory import is_out_of_memory
 from preftune.training.precision import Weights
 from preftune.training.signals import Stop
+from preftune.training.steps import Plan
 
 log = logging.getLogger("preftune")
 
@@ -51,17 +52,19 @@ def run(job: Job, stop: Stop) -> Run:
         RunFailed: the first invariant does not hold, or a step is not finite; what was trained is in checkpoints/.
         Interrupted: after Ctrl-C or SIGTERM, with what was trained in checkpoints/.
     """
-    weights = Weights(job.model, job.dtype)
+    share = job.keys.train.sharing != "off"
     the_plan = plan_of(job.method, job.train, job.keys)
+    if job.in_parts:  # the check calls the model in ways that one in parts does not know
+        _check(job.model, job, the_plan)
+    weights = Weights(job.model, job.dtype, in_parts=job.in_parts, share=share)
     result = Run(job.model, job.method.name, out=job.out)
     with _seeded(job.keys.seed, job.model.device), contextlib.ExitStack() as taken:
         course: Course | None = None
         try:
             job = with_samples(job, weights, stop)
             the_plan = plan_of(job.method, job.train, job.keys)
-            scorer = Scorer(weights.compute, share=job.keys.train.sharing != "off")
-            first = planned_rows(job.train, the_plan, steps=1)
-            check_path(scorer, job.train, first, dtype=job.dtype, budget=job.keys.train.tokens_per_microbatch)
+            if not job.in_parts:
+                _check(weights.compute, job, the_plan)
             reference, held = references(job, weights, the_plan, needed_rows(job.held, job.method), stop)
             prompts = sample_prompts(job)
             result.before, earlier = _before(job, weights, held, prompts, stop)
@@ -96,6 +99,12 @@ def run(job: Job, stop: Stop) -> Run:
             log.warning(f"stopped after step {len(result.metrics)} of {len(the_plan)}{saved}")
             raise
     return result
+
+
+def _check(model: Any, job: Job, the_plan: Plan) -> None:
+    """That the first rows are scored right by the path that the run takes."""
+    scorer, first = Scorer(model, share=job.keys.train.sharing != "off"), planned_rows(job.train, the_plan, steps=1)
+    check_path(scorer, job.train, first, dtype=job.dtype, budget=job.keys.train.tokens_per_microbatch)
 
 
 def _measured_until(job: Job) -> int:

@@ -14,7 +14,7 @@ from preftune.data.render import Batch
 from preftune.errors import Refusal
 from preftune.scoring.head import Kind
 from preftune.scoring.plan import padded_batches, shared_batches
-from preftune.scoring.scorer import Scorer, evaluation_mode
+from preftune.scoring.scorer import Scorer, evaluation_mode, scorer_of
 from preftune.scoring.selfcheck import check_finite
 
 Want = Literal["token_logp", "entropy", "top1"]
@@ -118,7 +118,7 @@ def score_logp(
     values = torch.full((len(batch),), float("nan"))
     rows = sorted(set(rows))
     with torch.no_grad(), evaluation_mode(model):
-        scorer = Scorer(model, share=share)
+        scorer = scorer_of(model, share=share)
         cut = passes(scorer, batch, [[row] for row in rows], tokens_per_microbatch)
         for first in range(0, len(cut), processes.size()):
             mine = first + processes.rank()

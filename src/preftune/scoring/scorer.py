@@ -131,6 +131,33 @@ class Scorer(nn.Module):
         )
 
 
+_OWN = "_preftune_scorer"  # in the model's own dictionary, where no module is registered and nothing outlives the model
+
+
+def give(model: Any, scorer: Scorer) -> None:
+    """From here on this is the model's only scorer."""
+    model.__dict__[_OWN] = scorer
+
+
+def scorer_of(model: Any, *, share: bool = True) -> Scorer:
+    """The model's own scorer where it has been given one, else a new one."""
+    return model.__dict__.get(_OWN) or Scorer(model, share=share)
+
+
+@contextmanager
+def callable_itself(model: Any) -> Generator[None]:
+    """Inside, the model may be called without its scorer, to generate or for the logits of all tokens: of one in parts the root
+    is gathered."""
+    scorer: Any = model.__dict__.get(_OWN) if model is not None else None
+    if scorer is not None:
+        scorer.unshard()
+    try:
+        yield
+    finally:
+        if scorer is not None:
+            scorer.reshard()
+
+
 def along(model: Any, layout: attention.Layout, virtual: Virtual | None = None) -> Tensor:
     """[T, D] hidden states of the flat row of a trie, and after them those of what the layout fills it up with; of virtual
     tokens, which stand before it in the layout, none."""

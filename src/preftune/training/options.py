@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard"]
+Parallel = Literal["replicate", "fsdp"]
 Sharing = Literal["auto", "require", "off"]
 Curriculum = Literal["easy_first", "hard_first"]
 
@@ -33,6 +34,10 @@ class TrainOptions(BaseModel):
     tokens_per_microbatch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="Most distinct tokens of one pass; changes memory and speed, never the result. Default: by free memory.",
+    )
+    parallel: Parallel = Field(
+        default="replicate",
+        description="Of several processes (torchrun) each has the whole model: replicate; or a part of it: fsdp.",
     )
     checkpointing: bool = Field(
         default=False,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune import processes
-from preftune.models.weights import cast_parameters, copy_sharing, is_packed
+from preftune.models.weights import cast_parameters, copy_sharing, is_in_parts, is_packed
 from preftune.scoring.head import Head, ScalarHead
 
 _PART = 2**23  # entries of a sum of two precisions
@@ -38,16 +38,35 @@ class Weights:
 
     `compute` is the caller's model where its trained parameters are float32 and float32 is asked; otherwise a copy of
     it in the compute precision. `masters` are always float32 and are what the optimizer steps; `names` are theirs.
+
+    Args:
+        in_parts: the model itself is cut into parts, one on each process: float32 masters, gathered in the compute precision.
+        share: see `Scorer`.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model, self.dtype, self.in_parts = model, dtype, False
-        self.compute: Any = in_precision(model, dtype)
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, in_parts: bool = False, share: bool = True) -> None:
+        self.model, self.dtype, self.in_parts = model, dtype, in_parts
+        if in_parts:
+            from preftune.scoring.parts import put_in_parts  # FSDP2 takes a while to import
+
+            for parameter in model.parameters():
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+            put_in_parts(model, dtype, share=share)
+        self.compute: Any = model if in_parts else in_precision(model, dtype)
         pairs = zip(model.named_parameters(), self.compute.parameters(), strict=True)
         trained = [(name, own, used) for (name, own), used in pairs if own.requires_grad]
         self.names = [name for name, _, _ in trained]
         self._trained = [(own, used) for _, own, used in trained]
         self.masters = [own if own.dtype == torch.float32 else own.detach().float() for own, _ in self._trained]
+
+    def beside(self, model: nn.Module) -> nn.Module:
+        """Another model, to compute beside this one: in the same precision, and in parts where this one is."""
+        if not self.in_parts:
+            return in_precision(model, self.dtype)
+        from preftune.scoring.parts import put_in_parts
+
+        put_in_parts(model.requires_grad_(False), self.dtype)
+        return model
 
     @contextmanager
     def collecting(self, head: Head | ScalarHead | None = None) -> Generator[None]:
@@ -76,7 +95,7 @@ class Weights:
 
         pairs = list(zip(self.masters, (used for _, used in self._trained), strict=True))
         hooks = [used.register_post_accumulate_grad_hook(into(master)) for master, used in pairs if used is not master]
-        plain = head if isinstance(head, Head) and head.plain else None
+        plain = head if isinstance(head, Head) and head.plain and not self.in_parts else None
         master = next((master for master, used in pairs if plain and used is plain.output.weight), None)
         try:
             if plain and master is not None:
@@ -127,4 +146,5 @@ def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def gradient_norm(masters: list[Tensor]) -> Tensor:
     """L2 norm over all gradients, float32."""
-    return torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+    norm: Any = torch.nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+    return norm.full_tensor() if is_in_parts(norm) else norm

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from preftune.models.randomness import random_state, set_random_state
+from preftune.models.weights import parted, whole
 from preftune.training.moving import Moving
 from preftune.training.precision import Weights
 
@@ -50,7 +51,7 @@ class Training:
             found |= {f"reference.{name}": own for name, own in zip(self.weights.names, self.moving.masters, strict=True)}
         found |= {f"optimizer.{name}.{key}": value for name, key, value in self._moments() if isinstance(value, Tensor)}
         found |= {f"random.{n}": state for n, state in enumerate(self.random)}
-        return {name: tensor.detach() for name, tensor in found.items()}
+        return {name: whole(tensor.detach()) for name, tensor in found.items()}
 
     def facts(self) -> dict[str, Any]:
         """The rest, as JSON takes it."""
@@ -70,7 +71,8 @@ class Training:
         state: dict[int, dict[str, Any]] = {}
         for n, name in enumerate(self.weights.names):
             start = f"optimizer.{name}."
-            own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            named = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            own = {key: parted(value, self.weights.masters[n]) for key, value in named.items()}
             state[n] = own | facts["optimizer"].get(name, {})
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -83,7 +85,7 @@ class Training:
     def restore_weights(self, saved: Saved) -> None:
         """Puts back the weights alone."""
         for name, master in zip(self.weights.names, self.weights.masters, strict=True):
-            master.copy_(saved.tensors[f"weight.{name}"])
+            master.copy_(parted(saved.tensors[f"weight.{name}"], master))
         self.weights.refresh()
 
     def _moments(self) -> Iterator[tuple[str, str, Any]]:

@@ -16,7 +16,7 @@ from preftune.data.render import Batch
 from preftune.errors import RunFailed
 from preftune.models.randomness import random_state
 from preftune.scoring.score import default_budget
-from preftune.scoring.scorer import Scorer
+from preftune.scoring.scorer import scorer_of
 from preftune.training.gradient import Step, backward
 from preftune.training.memory import finer_if_needed, fits, indivisible, memory_gb, step
 from preftune.training.method import Example, Method
@@ -105,7 +105,7 @@ def steps(
             fit into memory and cannot be cut.
     """
     options, weights, moving = the_plan.options, training.weights, training.moving
-    scorer = Scorer(weights.compute, share=options.sharing != "off")
+    scorer = scorer_of(weights.compute, share=options.sharing != "off")
     budget = training.budget or default_budget(scorer.model)
 
     def taken(examples: Sequence[Example], budget: int) -> tuple[dict[str, float], int]:

@@ -1,0 +1,166 @@
+"""Two processes are one: the same gradient and the same steps, whoever computed which example."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import processes_case
+import pytest
+import torch
+from command import PAIRS, call, write_model, write_rows
+from safetensors.torch import load_file
+from torch import Tensor
+
+import preftune
+from preftune import processes
+from preftune.data.render import Rendered
+from preftune.runs import metrics
+from preftune.scoring.plan import shares
+
+TESTS = Path(__file__).parent
+SOURCE = Path(preftune.__file__).parents[1]
+
+
+def start(count: int, *words: str, **more: str) -> list[subprocess.Popen[str]]:
+    """Processes that find each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    found: list[subprocess.Popen[str]] = []
+    for rank in range(count):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        own["PYTHONPATH"] = os.pathsep.join((str(SOURCE), str(TESTS)))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        found.append(subprocess.Popen([sys.executable, *words], env={**os.environ, **own, **more}, text=True, **pipes))
+    return found
+
+
+def ended(started: list[subprocess.Popen[str]], seconds: float = 240) -> list[tuple[int, str, str]]:
+    """(exit code, standard output, standard error) of each."""
+    try:
+        said = [process.communicate(timeout=seconds) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *own) for process, own in zip(started, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """What one process, and what two, came to."""
+    found = {count: tmp_path_factory.mktemp(f"of-{count}") for count in (1, 2)}
+    for count, out in found.items():
+        for code, _, err in ended(start(count, str(TESTS / "processes_case.py"), str(out))):
+            assert code == 0, err[-3000:]
+    return found
+
+
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], kind: str) -> float:
+    """The largest over all parameters of |a - b| / |a|."""
+    assert a.keys() == b.keys()
+    names = [name for name in a if name.startswith(kind)]
+    assert names
+    return max(float((a[name] - b[name]).norm() / a[name].norm().clamp(min=1e-12)) for name in names)
+
+
+@pytest.mark.parametrize("how", ["replicate", "fsdp"])
+@pytest.mark.parametrize("adapter", processes_case.ADAPTERS)
+@pytest.mark.parametrize("method", processes_case.METHODS)
+def test_two_processes_take_the_steps_of_one(computed: dict[int, Path], method: str, adapter: str, how: str) -> None:
+    one = load_file(computed[1] / f"{method}-{adapter}-replicate.safetensors")
+    two = load_file(computed[2] / f"{method}-{adapter}-{how}.safetensors")
+    assert distance(one, two, "gradient.") < 1e-5
+    assert distance(one, two, "change.") < 1e-4
+    torch.testing.assert_close(one["loss"], two["loss"], rtol=1e-5, atol=1e-6)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    write_model(folder / "model")
+    write_rows(folder / "pairs.jsonl", PAIRS[:24])
+    return folder
+
+
+def words(files: Path, *more: str) -> list[str]:
+    own = [f"model={files / 'model'}", f"data={files / 'pairs.jsonl'}", "batch_size=4", "steps=4", "learning_rate=1e-3"]
+    return ["-m", "preftune", "train", *own, "reference.store=off", *more]
+
+
+def test_a_run_in_parts_is_saved_whole_and_goes_on_in_one_process(files: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    alone, parted = tmp_path / "alone", tmp_path / "parted"
+    with_eval = ["train.eval_every=2", "train.save_every=2"]
+    (one,) = ended(start(1, *words(files, *with_eval, f"out={alone}")))
+    assert one[0] == 0, one[2]
+    for code, out, err in ended(start(2, *words(files, *with_eval, "train.parallel=fsdp", f"out={parted}"))):
+        assert code == 0 and not out, err
+    lines = [metrics.read(folder / "metrics.jsonl") for folder in (alone, parted)]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]
+    for a, b in zip(*lines, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["tokens"] == b["tokens"] if "tokens" in a else True
+        assert a.get("eval/loss") == pytest.approx(b.get("eval/loss"), rel=1e-4)
+    first, second = (dict(AutoModelForCausalLM.from_pretrained(f / "model").named_parameters()) for f in (alone, parted))
+    for name, weight in first.items():
+        torch.testing.assert_close(weight, second[name], rtol=1e-3, atol=1e-5)
+    (again,) = ended(start(1, "-m", "preftune", "train", f"resume={parted}", "steps=6"))
+    assert again[0] == 0, again[2]
+    assert "going on after step 4 of 6" in again[2]
+    assert [line["step"] for line in metrics.read(parted / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_process_that_dies_ends_the_run_with_what_was_trained(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    running = start(2, *words(files, "steps=100000", f"out={out}"))
+    until = time.monotonic() + 120
+    while not metrics.read(out / "metrics.jsonl"):
+        assert time.monotonic() < until and running[0].poll() is None
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGKILL)
+    (code, _, err), _ = ended(running, seconds=60)
+    assert code == 1 and "Traceback" not in err, err
+    assert "another process of this run has ended" in err and f"train resume={out} goes on from there" in err
+
+
+def test_the_first_process_alone_speaks_of_a_refusal(files: Path, tmp_path: Path) -> None:
+    (first, _, said), (second, _, nothing) = ended(start(2, *words(files, "batch_size=1", f"out={tmp_path / 'run'}")))
+    assert first == second == 2
+    line = "preftune: batch_size: 2 processes cannot share 1 examples of a step: start fewer, or raise it\n"
+    assert said.endswith(line) and not nothing
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_verbs_are_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answer = call(capsys, "check", "pairs.jsonl")
+    assert answer.code == 2 and "check is one process" in answer.err
+
+
+# -- in this process --------------------------------------------------------------------------------------------------------
+
+
+def test_shares_keep_groups_whole_and_balance_tokens() -> None:
+    sequences = [Rendered(group, n, (0,) * length, 2) for group, lengths in enumerate(((9, 5), (4,), (12,), (3,))) for n, length in enumerate(lengths)]
+    needs = [[n] for n in range(len(sequences))]
+    assert shares(sequences, needs, 1) == [[0, 1, 2, 3, 4]]
+    found = shares(sequences, needs, 2)
+    assert sorted(place for own in found for place in own) == [0, 1, 2, 3, 4]
+    assert [sequences[place].group for own in found for place in own] in ([0, 0, 1, 2, 3], [0, 0, 3, 1, 2], [2, 3, 0, 0, 1], [0, 0, 1, 2, 3])
+    assert shares(sequences[:2], needs[:2], 3) == [[0, 1], [], []]
+
+
+def test_one_process_tells_itself_what_it_says() -> None:
+    assert processes.gathered(3) == [3] and processes.of_first("a") == "a" and not processes.any_of(False)
+    assert (processes.rank(), processes.size()) == (0, 1)
