@@ -2,8 +2,8 @@
 
     python tests/processes_case.py OUT        with RANK, WORLD_SIZE ... in the environment, as torchrun sets them
 
-For each case OUT holds NAME.safetensors: `gradient.` of the first step, accumulated and not clipped, `change.` of each weight after
-ten steps of SGD, and `loss` of each step.
+For each case OUT holds NAME.safetensors: `gradient.` of the first step, accumulated and not clipped, `change.` of each weight
+after ten steps of SGD, and `loss` of each step.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from preftune.training.precision import Weights
 from preftune.training.steps import Plan, begin, steps
 
 BETA = 0.3
-METHODS = ("dpo", "kto", "sft", "aot")  # separable; with a baseline; on one answer; with a loss over the whole batch
-ADAPTERS = ("none", "lora")
+CASES = [(method, adapter) for method in ("dpo", "kto", "sft") for adapter in ("none", "lora")]
+CASES += [("aot", "none")]  # its loss is over the whole batch, and takes two passes
 SIZES = (3, 1, 2, 4, 1, 3, 2, 3, 1, 4)  # examples of each step: of one, the second process has nothing to do
 
 
@@ -82,13 +82,12 @@ def main() -> None:
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
     with processes.joined():
-        for in_parts in (False, True) if processes.size() > 1 else (False,):
-            for name in METHODS:
-                for adapter in ADAPTERS:
-                    found = case(name, adapter, in_parts=in_parts)
-                    if processes.rank() == 0:
-                        how = "fsdp" if in_parts else "replicate"
-                        save_file({k: v.contiguous() for k, v in found.items()}, out / f"{name}-{adapter}-{how}.safetensors")
+        for in_parts in (False, True):
+            for name, adapter in CASES:
+                found = case(name, adapter, in_parts=in_parts)
+                if processes.rank() == 0:
+                    how = "fsdp" if in_parts else "replicate"
+                    save_file({k: v.contiguous() for k, v in found.items()}, out / f"{name}-{adapter}-{how}.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The processes that share one run, and what they tell each other. Nothing is asked of torch where there is one.
 
-`torchrun --nproc-per-node N -m preftune train ...` starts N of them; each finds its number in its environment. They all read the
-same data, make the same plan and take the same decisions at the same places; what is computed is shared out, and what came of
-it is told to all. The first one writes and speaks.
+`torchrun --nproc-per-node N -m preftune train ...` starts N of them; each finds its number in its environment. They all read
+the same data, make the same plan and take the same decisions at the same places; what is computed is shared out, and what came
+of it is told to all. The first one writes and speaks.
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ def _check_processes(keys: TrainKeys) -> None:
     if keys.train.parallel == "fsdp" and processes.size() > 1:
         packed = "weights in 4 bits" if keys.adapter.type == "qlora" else None
         moving = "a reference that follows the policy" if keys.reference.sync_steps else None
-        merging = "an adapter that is folded in (adapter.merge; preftune merge RUN does it later)" if keys.adapter.merge else None
+        merging = (
+            "an adapter that is folded in (adapter.merge; preftune merge RUN does it later)" if keys.adapter.merge else None
+        )
         if what := packed or moving or merging:
             raise Refusal(f"fsdp does not go with {what}", code="no_parts", key="train.parallel")
 

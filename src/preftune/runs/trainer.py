@@ -68,7 +68,9 @@ def run(job: Job, stop: Stop) -> Run:
             reference, held = references(job, weights, the_plan, needed_rows(job.held, job.method), stop)
             prompts = sample_prompts(job)
             result.before, earlier = _before(job, weights, held, prompts, stop)
-            sink = taken.enter_context(open_metrics(job.out if job.writes else None, job.keys.train.trackers, after=_measured_until(job)))
+            sink = taken.enter_context(
+                open_metrics(job.out if job.writes else None, job.keys.train.trackers, after=_measured_until(job))
+            )
             course = Course(job, weights, the_plan, held, stop, result, sink)
             course.go(reference)
             result.kept_step = course.best.restore() or result.metrics[-1]["step"]

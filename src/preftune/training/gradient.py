@@ -7,8 +7,8 @@ brings sum(number * logp) through the model, micro-batch by micro-batch: the sam
 
 Where a method has a baseline, one number for the whole step, the rows that it is taken of are scored first, without a graph.
 
-Several processes share out the examples of a step, not its loss: each divides by the total of all of them, and the gradients are
-added up, never averaged. So the step is the same for every number of processes.
+Several processes share out the examples of a step, not its loss: each divides by the total of all of them, and the gradients
+are added up, never averaged. So the step is the same for every number of processes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from preftune.training.method import Example, ExampleScores, Method
 class Step:
     """The examples of one optimizer step, the rows of the batch that each needs, and how these are cut.
 
-    cuts: of each process its micro-batches of examples, by index. beside: rows that a baseline is taken of, one for each example
-    that has one, and `cuts_beside` how their forward pass is cut, by index. reference_logp: [len(batch)] nats, where the method
-    needs a reference.
+    cuts: of each process its micro-batches of examples, by index. beside: rows that a baseline is taken of, one for each
+    example that has one, and `cuts_beside` how their forward pass is cut, by index. reference_logp: [len(batch)] nats, where
+    the method needs a reference.
     """
 
     batch: Batch
