@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import processes_case
@@ -23,13 +23,14 @@ from preftune import processes
 from preftune.data.render import Rendered
 from preftune.runs import metrics
 from preftune.scoring.plan import shares
+from preftune.training.memory import finer_if_needed
 
 TESTS = Path(__file__).parent
 SOURCE = Path(preftune.__file__).parents[1]
 
 
-def start(count: int, *words: str, **more: str) -> list[subprocess.Popen[str]]:
-    """Processes that find each other as torchrun's do."""
+def start(count: int, *words: str, folders: Sequence[Path] = ()) -> list[subprocess.Popen[str]]:
+    """Processes that find each other as torchrun's do, each in its folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -39,7 +40,8 @@ def start(count: int, *words: str, **more: str) -> list[subprocess.Popen[str]]:
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         own["PYTHONPATH"] = os.pathsep.join((str(SOURCE), str(TESTS)))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        found.append(subprocess.Popen([sys.executable, *words], env={**os.environ, **own, **more}, text=True, **pipes))
+        where = folders[rank] if folders else None
+        found.append(subprocess.Popen([sys.executable, *words], env={**os.environ, **own}, text=True, cwd=where, **pipes))
     return found
 
 
@@ -140,6 +142,17 @@ def test_the_first_process_alone_speaks_of_a_refusal(files: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_what_one_process_cannot_read_the_first_one_names(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "pairs.jsonl").symlink_to(files / "pairs.jsonl")
+    own = ["-m", "preftune", "train", f"model={files / 'model'}", "data=pairs.jsonl", "batch_size=2", f"out={tmp_path / 'run'}"]
+    (first, _, said), (second, _, nothing) = ended(start(2, *own, folders=[tmp_path / "0", tmp_path / "1"]))
+    assert first == second == 2
+    assert said.endswith("preftune: process 1 of 2: pairs.jsonl: no such file\n") and not nothing
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_verbs_are_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     answer = call(capsys, "check", "pairs.jsonl")
@@ -158,6 +171,19 @@ def test_shares_keep_groups_whole_and_balance_tokens() -> None:
     assert sorted(place for own in found for place in own) == [0, 1, 2, 3, 4]
     assert [[sequences[place].group for place in own] for own in found] == [[0, 0, 1], [2, 3]]
     assert shares(sequences[:2], needs[:2], 3) == [[0, 1], [], []]
+
+
+def test_where_several_share_a_step_memory_that_is_short_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def work(budget: int) -> None:
+        tried.append(budget)
+        raise MemoryError
+
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    with pytest.raises(MemoryError):
+        finer_if_needed(work, 1024, 64, clear=lambda: None)
+    assert tried == [1024]
 
 
 def test_one_process_tells_itself_what_it_says() -> None:
