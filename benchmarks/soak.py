@@ -63,9 +63,8 @@ def main() -> None:
     first = next(gb for step, gb in held if step >= FIRST)
     worst = max(gb for step, gb in held if step >= FIRST)
     seconds = time.perf_counter() - began
-    print(
-        f"{words.steps:,} steps in {seconds:.0f} s: {first:.3f} GB at step {FIRST}, at most {worst:.3f} GB after: {worst / first - 1:+.1%}"
-    )
+    grown = worst / first - 1
+    print(f"{words.steps:,} steps in {seconds:.0f} s: {first:.3f} GB at step {FIRST}, at most {worst:.3f} after: {grown:+.1%}")
     common.write(words, "soak", {"resident_gb": held, "growth": grown, "seconds": seconds})
 
 
