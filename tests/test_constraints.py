@@ -246,6 +246,7 @@ def test_a_costs_first_value_is_the_mean_over_samples_of_the_policy() -> None:
         ({"drift": {"samples": 8}}, "a cost alone reads it"),
         ({"x": {"cost": "test_constraints:length", "samples": 1}}, "greater than or equal to 2"),
         ({"drift": {"weight": -1.0}}, "greater than 0"),
+        ({"drift": {"wieght": 1.0}}, r"unknown key. Did you mean weight\?"),
     ],
 )
 def test_refusals(constraints: dict[str, Any], said: str) -> None:

@@ -693,7 +693,7 @@ def test_the_method_is_chosen_by_the_marks() -> None:
         ("kto", rankings(), ["the data holds rankings", "label true"]),
         ("simpo", [tiny.shown("Q: ", "yes")], ["demonstrations", "method=sft"]),
         ("sft", ratings(), ["ratings", "method=kto"]),
-        ("mm_dpo", tiny.pairs(2), ["by.strength"]),
+        ("mm_dpo", tiny.pairs(2), ["a column strength", "by.strength"]),
     ],
 )
 def test_a_method_without_its_marks_is_refused_and_says_what_to_do(name: str, groups: Any, says: list[str]) -> None:
