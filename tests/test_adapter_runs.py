@@ -96,7 +96,7 @@ def test_virtual_tokens_move_the_policy_and_the_reference_is_its_base(
         run = fit(tiny.model(), tokenizer, adapter=KINDS[kind])
     (line,) = [r.message for r in caplog.records if "virtual tokens: log-ratios" in r.message]
     (check,) = [r.message for r in caplog.records if r.message.startswith("start check")]
-    assert "policy without them and reference agree to" in check
+    assert "policy without its virtual tokens and reference agree to" in check
     batch = render(tiny.pairs(6), tokenizer)
     start = add_adapter(tiny.model(), AdapterOptions(**KINDS[kind]), seed=0, tokenizer=tokenizer)
     with torch.no_grad():
