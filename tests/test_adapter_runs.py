@@ -356,6 +356,12 @@ def test_an_adapter_of_another_kind_is_not_trained_on(tokenizer: Any) -> None:
         fit(made, tokenizer)
 
 
+def test_of_two_adapters_the_active_one_trains() -> None:
+    made = add_adapter(tiny.model(), AdapterOptions(type="lora", r=2), seed=0)
+    made.add_adapter("default2", made.peft_config["default"])
+    assert {name.split(".")[-2] for name in trained(trainable_adapter(made))} == {"default"}
+
+
 def test_virtual_tokens_take_positions(tokenizer: Any) -> None:
     with pytest.raises(Refusal, match="63 virtual tokens leave no room in the model's 64 positions"):
         fit(tiny.model(), tokenizer, adapter={"type": "prompt", "tokens": 63})
