@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs" / "proofs"
-INKS = ("#2f6db3", "#c8553d", "#4f8a5b", "#8a6bb0", "#b8860b", "#3c4047")
+INKS = ("#2f6db3", "#c8553d", "#4f8a5b", "#8a6bb0", "#b8860b", "#3c4047", "#c76b98", "#7a7f87")
 
 
 def workers() -> ProcessPoolExecutor:

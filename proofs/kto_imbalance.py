@@ -1,6 +1,6 @@
 """KTO on unbalanced ratings (Ethayarajh et al. 2024, arXiv 2402.01306, section 4.3): 90 % of the desirable ones are dropped.
 
-The paper's rule keeps desirable_weight * n_desirable / (undesirable_weight * n_undesirable) within [1, 4/3].
+The paper's rule keeps desirable_weight * n_desirable / (undesirable_weight * n_undesirable) within [1, 3/2].
 """
 
 from __future__ import annotations

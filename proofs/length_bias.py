@@ -87,8 +87,8 @@ def longer_wins(data: Sequence[Group], task: film.Task) -> float:
 def draw(figure: Any, found: dict[str, list[dict[str, float]]]) -> None:
     axes = figure.subplots()
     for n, (name, runs) in enumerate(found.items()):
-        ink = common.INKS[n % len(common.INKS)] if n < len(common.INKS) else "#7a7f87"
-        axes.plot([r["length"] for r in runs], [r["reward"] for r in runs], "o", color=ink, markersize=5, label=name)
+        lengths, rewards = ([r[key] for r in runs] for key in ("length", "reward"))
+        axes.plot(lengths, rewards, "o", color=common.INKS[n], markersize=5, label=name)
     axes.set_xlabel("mean length of an answer, tokens")
     axes.set_ylabel("gold reward")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

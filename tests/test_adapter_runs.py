@@ -96,7 +96,7 @@ def test_virtual_tokens_move_the_policy_and_the_reference_is_its_base(
         run = fit(tiny.model(), tokenizer, adapter=KINDS[kind])
     (line,) = [r.message for r in caplog.records if "virtual tokens: log-ratios" in r.message]
     (check,) = [r.message for r in caplog.records if r.message.startswith("start check")]
-    assert "policy without them and reference agree to" in check
+    assert "policy without its virtual tokens and reference agree to" in check
     batch = render(tiny.pairs(6), tokenizer)
     start = add_adapter(tiny.model(), AdapterOptions(**KINDS[kind]), seed=0, tokenizer=tokenizer)
     with torch.no_grad():
@@ -354,6 +354,12 @@ def test_an_adapter_of_another_kind_is_not_trained_on(tokenizer: Any) -> None:
     made = get_peft_model(tiny.model(), IA3Config(task_type="CAUSAL_LM"))
     with pytest.raises(Refusal, match="type IA3 cannot be trained on here"):
         fit(made, tokenizer)
+
+
+def test_of_two_adapters_the_active_one_trains() -> None:
+    made = add_adapter(tiny.model(), AdapterOptions(type="lora", r=2), seed=0)
+    made.add_adapter("default2", made.peft_config["default"])
+    assert {name.split(".")[-2] for name in trained(trainable_adapter(made))} == {"default"}
 
 
 def test_virtual_tokens_take_positions(tokenizer: Any) -> None:

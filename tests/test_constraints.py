@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -17,6 +18,7 @@ from torch import Tensor
 from preftune import fit, losses, methods
 from preftune.data.render import render
 from preftune.errors import Refusal, RunFailed
+from preftune.methods.constraints import Cost
 from preftune.records import Group, Rating
 from preftune.scoring.score import score
 from preftune.training.method import ExampleScores
@@ -223,6 +225,26 @@ def test_a_cost_is_lowered() -> None:
     assert twice[0] == twice[1]  # seeded
 
 
+def test_a_costs_loss_by_hand() -> None:
+    """The mean over the samples of a prompt of what they cost over the threshold; one has three of them, one two."""
+    options = methods.options_of({"constraints": {"c": {"cost": "test_constraints:length", "samples": 3, "threshold": 2.0}}})
+    assert options.constraints is not None
+    logp = torch.tensor([-1.0, -4.0, -3.0, -2.0, -5.0, -1.5], requires_grad=True)
+    extra, none = torch.tensor([[1, 2, 3], [4, 5, -1]]), torch.zeros(2)
+    cost, sampled = torch.tensor([[5.0, 1.0, 3.0], [2.5, 9.0, 0.0]]), torch.tensor([[-4.0, -2.5, -3.0], [-4.0, -1.5, 0.0]])
+    scored = ExampleScores(logp, None, torch.ones(6), extra[:, :1], none, none, none, extra, torch.empty(2, 3, 2))
+    loss, value = Cost("c", options.constraints["c"]).of(scored, extra, torch.stack([cost, sampled], -1))
+    over = [torch.tensor([3.0, 0.0, 1.0]), torch.tensor([0.5, 7.0])]
+    by_hand = [
+        losses.score_function(logp[own], then, each, torch.zeros(len(own))).mean()
+        for own, then, each in zip((extra[0], extra[1, :2]), (sampled[0], sampled[1, :2]), over, strict=True)
+    ]
+    torch.testing.assert_close(loss, torch.stack(by_hand))
+    shares = [[1.0, math.exp(-0.5), 1.0], [math.exp(-1.0), 1.0]]
+    means = [(5 * a + b + 3 * c) / (a + b + c) for a, b, c in shares[:1]] + [(2.5 * a + 9 * b) / (a + b) for a, b in shares[1:]]
+    assert value.tolist() == pytest.approx(means)
+
+
 def test_a_costs_first_value_is_the_mean_over_samples_of_the_policy() -> None:
     from preftune.generation.sample import Sampling, sample
 
@@ -246,6 +268,7 @@ def test_a_costs_first_value_is_the_mean_over_samples_of_the_policy() -> None:
         ({"drift": {"samples": 8}}, "a cost alone reads it"),
         ({"x": {"cost": "test_constraints:length", "samples": 1}}, "greater than or equal to 2"),
         ({"drift": {"weight": -1.0}}, "greater than 0"),
+        ({"drift": {"wieght": 1.0}}, r"unknown key. Did you mean weight\?"),
     ],
 )
 def test_refusals(constraints: dict[str, Any], said: str) -> None:

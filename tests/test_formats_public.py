@@ -247,6 +247,13 @@ def test_pairs(name: str, row: dict[str, Any], prompt: Any, by: list[By | None])
     assert [*example.marks] == [Comparison(0, 1, by=each) for each in by]
 
 
+def test_a_strength_is_of_the_judgement() -> None:
+    """Where the label is for the rejected answer, so is the difference of the scores."""
+    for preference, strength in ((0.75, 2.5), (0.25, -2.5)):
+        example = taken({**BINARISED, "score_chosen": 8.5, "score_rejected": 6.0, "preference": preference})
+        assert [*example.marks] == [Comparison(0, 1, preference, by=By(strength=strength))]
+
+
 @pytest.mark.parametrize(("name", "row", "verdicts"), [*BATTLES, *LABELLED])
 def test_verdicts(name: str, row: dict[str, Any], verdicts: list[tuple[float, By | None]]) -> None:
     example = taken(row)

@@ -74,7 +74,9 @@ def test_gradients_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, a, b: low_rank._Sum.apply(x, weight, bias, a, b, 0.7), (x, a, b))
 
 
-@pytest.mark.parametrize("what", ["disabled", "dropout", "merged", "dora", "two", "mixed precision", "base trains"])
+@pytest.mark.parametrize(
+    "what", ["disabled", "dropout", "merged", "dora", "two", "mixed precision", "base trains", "hooks", "bias"]
+)
 def test_what_is_more_than_one_update_is_left_to_peft(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"dropout": {"dropout": 0.5}, "dora": {"type": "dora"}}.get(what, {})
     model = adapted(**options)
@@ -92,6 +94,11 @@ def test_what_is_more_than_one_update_is_left_to_peft(what: str, monkeypatch: py
                 parameter.data = parameter.data.float()
     if what == "base trains":
         model.requires_grad_(True)
+    for module in (module for key, module in model.named_modules() if key.endswith("lora_B.default")):
+        if what == "hooks":
+            module.register_forward_hook(lambda module, given, out: 2 * out)
+        if what == "bias":
+            module.bias = torch.nn.Parameter(torch.ones(module.out_features))
     monkeypatch.setattr(low_rank._Sum, "apply", lambda *arguments: pytest.fail("it is not one update"))
     ids = torch.arange(7).view(1, 7)
     with fused(model):

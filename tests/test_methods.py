@@ -24,6 +24,8 @@ from preftune.data.render import Batch, render
 from preftune.errors import Refusal
 from preftune.methods.table import ELSEWHERE
 from preftune.methods.unpaired import mismatched, partners
+from preftune.models.adapters import adapter_dropout_on, add_adapter
+from preftune.models.options import AdapterOptions
 from preftune.records import By, Comparison, Demonstration, Group, Mark, Ranking, Rating
 from preftune.scoring.score import score
 from preftune.scoring.scorer import Scorer
@@ -102,14 +104,16 @@ def options(asked: Asked) -> dict[str, Any]:
 class Taken:
     """One step of a method over all its examples, from a policy that is not the reference."""
 
-    def __init__(self, asked: Asked, groups: Sequence[Group], *, budget: int = ALL, order: int | None = None) -> None:
+    def __init__(
+        self, asked: Asked, groups: Sequence[Group], *, budget: int = ALL, order: int | None = None, model: Any = None
+    ) -> None:
         self.method = methods.make(options(asked), beta=BETA)
         self.batch: Batch = self.method.rows(render(groups, tiny.tokenizer()), lambda more: render(more, tiny.tokenizer()))
         self.examples = self.method.examples(self.batch.groups)
         if order is not None:
             random.Random(order).shuffle(self.examples)
         self.reference = score(tiny.model(seed=1), self.batch).logp.detach()
-        self.model = tiny.model()
+        self.model = model or tiny.model()
         self.policy = score(self.model, self.batch).logp
         self.length = torch.tensor([float(s.length) for s in self.batch.sequences])
         scorer = Scorer(self.model)
@@ -381,6 +385,15 @@ def test_wpo_weighs_pairs_by_the_policy_and_divides_by_their_own_weights(name: s
     same_gradient(taken.gradients, taken.gradient_of(by_hand), tolerances.GRADIENT)
 
 
+def test_wpo_weighs_by_what_the_policy_says_under_another_divergence_too() -> None:
+    taken = Taken({"name": "dpo", "weighting": "wpo", "divergence": "forward_kl"}, comparisons())
+    found = taken.pairs()
+    own = losses.wpo_weight(taken.policy, taken.length, found["chosen"], found["rejected"])
+    seen = losses.diverge(taken.policy, taken.reference, "forward_kl")
+    by_hand = called(losses.dpo, found | {"policy_logp": seen, "weight": found["weight"] * own}).sum() / found["weight"].sum()
+    assert taken.loss == pytest.approx(float(by_hand.detach()), rel=tolerances.STEP)
+
+
 # -- losses over the whole step, by any cut -----------------------------------------------------------------------------------
 
 
@@ -424,6 +437,20 @@ def test_ktos_baseline_is_that_of_every_answer_under_another_prompt() -> None:
         own, moved = sequences[taken.batch.index(example.group, *example.responses)], sequences[row]
         assert moved.ids[: moved.start] == own.ids[: own.start], "the prompt of the rated answer"
         assert any(ids == moved.ids[moved.start :] for group, ids in answers if group != own.group), "another prompt's answer"
+
+
+def test_ktos_baseline_is_of_the_policy_without_dropout() -> None:
+    model = add_adapter(tiny.model(), AdapterOptions(type="lora", r=3, dropout=0.5), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    taken = Taken("kto", ratings(), model=adapter_dropout_on(model))
+    beside = [taken.batch.index(e.group, *e.beside) for e in taken.examples]
+    expected = float((taken.policy - taken.reference)[beside].mean().detach())
+    assert taken.line["baseline"] == pytest.approx(expected, rel=tolerances.STEP) and expected > 0.1
+    logp = taken.line["logp/chosen"]
+    assert logp != pytest.approx(Taken("kto", ratings(), model=model.eval()).line["logp/chosen"]), "it was on in the step"
 
 
 def test_ktos_baseline_takes_one_forward_pass_of_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -693,7 +720,7 @@ def test_the_method_is_chosen_by_the_marks() -> None:
         ("kto", rankings(), ["the data holds rankings", "label true"]),
         ("simpo", [tiny.shown("Q: ", "yes")], ["demonstrations", "method=sft"]),
         ("sft", ratings(), ["ratings", "method=kto"]),
-        ("mm_dpo", tiny.pairs(2), ["by.strength"]),
+        ("mm_dpo", tiny.pairs(2), ["a column strength", "by.strength"]),
     ],
 )
 def test_a_method_without_its_marks_is_refused_and_says_what_to_do(name: str, groups: Any, says: list[str]) -> None:

@@ -259,6 +259,9 @@ TABLE: list[tuple[str, str, list[str], dict[str, Any]]] = [
     # -- methods
     (f"{T} method=sigmoid", "unknown_method", ["method=dpo"], {"key": "method"}),
     (f"{T} method=dop", "unknown_method", ["Did you mean dpop?"], {"key": "method"}),
+    (f"{T} method.constraints.drift.wieght=1", "unknown_key", ["Did you mean method.constraints.drift.weight?"],
+     {"key": "method.constraints.drift.wieght"}),
+    (f"{T} method=mm_dpo", "method_without_marks", ["a column strength"], {"key": "method"}),
     ("train model=m data=shown.jsonl method=dpo", "method_without_marks", ["comparisons", "method=sft"], {"key": "method"}),
     ("train model=m data=rated.jsonl method=dpo", "method_without_marks", ["ratings"], {"key": "method"}),
     ("train model=m data=prompts.jsonl", "no_marks", ["prompts only"], {"key": "data"}),

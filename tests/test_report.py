@@ -417,6 +417,14 @@ def test_verdict_is_no_surer_than_its_figures(before: float, after: float, inter
     assert ("no clear change" in sentence) == ("no clear change" in said)
 
 
+def test_the_verdict_of_a_reward_model_is_of_its_numbers() -> None:
+    sides = [{"comparisons": 40, "logp_accuracy": None, "accuracy": share, "method": "reward"} for share in (0.5, 0.75)]
+    sides[1]["accuracy_interval"] = [0.6, 0.85]
+    said = run_sentence({"before": sides[0], "after": sides[1]}, [])
+    told = "On 40 held-out comparisons the share ranked right rose from 50.0 % to 75.0 % (95 % interval 60.0–85.0 %)."
+    assert " ".join(said.split()) == told
+
+
 def test_demo_verdict_says_when_chance_is_not_excluded() -> None:
     unclear = demo(1)
     unclear["runs"][0]["win_rate"]["lexicon"] = _win(0.52, 0.48, 0.56)

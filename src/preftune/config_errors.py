@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from preftune.data.options import Source
 from preftune.errors import Refusal, nearest
+from preftune.methods.options import ConstraintOptions
 
 _WORDS = {
     "int_type": "a whole number",
@@ -119,8 +120,11 @@ def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str
     """Which known key an unknown one may stand for."""
     key, group, last = ".".join(map(str, loc)), ".".join(map(str, loc[:-1])), str(loc[-1])
     known = keys.get(verb, ())
-    in_source = any(isinstance(part, int) for part in loc)
-    beside = list(Source.model_fields) if in_source else [n.rpartition(".")[2] for n in known if n.rpartition(".")[0] == group]
+    beside = [n.rpartition(".")[2] for n in known if n.rpartition(".")[0] == group]
+    if any(isinstance(part, int) for part in loc):
+        beside = list(Source.model_fields)
+    elif loc[:2] == ("method", "constraints"):
+        beside = list(ConstraintOptions.model_fields)
     if key in LATER:
         return " It is not in this version."
     if not group and ELSEWHERE.get(last, "").split("=")[0].split(" ")[0] in known:

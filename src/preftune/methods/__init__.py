@@ -75,8 +75,8 @@ def choose(method: Asked, groups: Sequence[Group]) -> MethodOptions:
         )
     if wanted.strength and all(_strength(mark) is None for group in groups for mark in group.marks):
         raise Refusal(
-            f"{asked.label} needs how strong each judgement is, a reward model's score of chosen minus that of rejected: "
-            "by.strength of a Comparison, in Python. No mark has it, and no column of a file is read as it yet",
+            f"{asked.label} needs how strong each judgement is, a reward model's score of chosen minus that of rejected, and "
+            "no row says it: write it into a column strength (or score_chosen and score_rejected); by.strength in Python",
             code="method_without_marks",
             key="method",
         )

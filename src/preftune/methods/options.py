@@ -172,7 +172,8 @@ def options_of(method: Asked) -> MethodOptions:
             first = error.errors(include_url=False)[0]
             key = ".".join(("method", *map(str, first["loc"])))
             if first["type"] == "extra_forbidden":
-                line = f"unknown key.{nearest(str(first['loc'][-1]), MethodOptions.model_fields)}"
+                known = (MethodOptions if len(first["loc"]) == 1 else ConstraintOptions).model_fields
+                line = f"unknown key.{nearest(str(first['loc'][-1]), known)}"
                 raise Refusal(line, code="unknown_key", key=key) from None
             raise Refusal(f"{first['msg']}, not {first['input']!r}", code="bad_value", key=key) from None
     check(method)

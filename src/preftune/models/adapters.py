@@ -170,7 +170,7 @@ def trainable_adapter(model: Any) -> Any:
     """
     active = model.active_adapters
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in TRAINED) and any(f".{a}" in name for a in active))
+        parameter.requires_grad_(any(part in name for part in TRAINED) and any(f".{a}." in f"{name}." for a in active))
     if not any(p.requires_grad for p in model.parameters()):
         kind = model.active_peft_config.peft_type.value
         line = f"an adapter of type {kind} cannot be trained on here: LoRA (DoRA, QLoRA), prompt and prefix tuning can"

@@ -61,12 +61,17 @@ def _only_update(layer: Any, dtype: torch.dtype) -> str | None:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] in layer.lora_variant:
         return None
-    base: Any = layer.base_layer
-    dropout, b = layer.lora_dropout[active[0]], layer.lora_B[active[0]]
-    plain = type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters())
+    base, dropout = layer.base_layer, layer.lora_dropout[active[0]]
+    a, b = layer.lora_A[active[0]], layer.lora_B[active[0]]
+    plain = all(map(_is_plain, (base, a, b))) and not any(p.requires_grad for p in base.parameters())
     falls = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-    same = all(t.dtype == dtype for t in (base.weight, layer.lora_A[active[0]].weight, b.weight))
-    return active[0] if plain and same and not falls and b.bias is None else None
+    same = plain and all(t.dtype == dtype for t in (base.weight, a.weight, b.weight))
+    return active[0] if same and not falls and b.bias is None else None
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether calling it is x W^T + bias and nothing else: somebody's hooks are called by peft's own forward pass alone."""
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 @contextmanager

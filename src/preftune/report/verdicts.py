@@ -47,16 +47,14 @@ def best_run(demo: Json) -> Json:
 
 
 def run_sentence(evaluation: Json, metrics: Sequence[Json]) -> str:
-    """The verdict of a training run: for SFT its loss; else the share ranked right by log-probability, by margin, or the
-    loss."""
+    """The verdict of a training run: for SFT its loss; else the share ranked right, by log-probability or by a reward model's
+    numbers; or the loss."""
     before, after = mapping(evaluation.get("before")), mapping(evaluation.get("after"))
     if after.get("method") == "sft" and number(after.get("loss")) is not None:
         return _loss_sentence(before, after)
-    if number(after.get("logp_accuracy")) is not None:
-        return _ranking_sentence(before, after)
-    if number(after.get("accuracy")) is not None:
-        share = percent(after["accuracy"]) + _known(after, "accuracy")
-        return f"{_where(after, 'comparisons')} the trained model ranks, against its reference, {share} right."
+    for key in ("logp_accuracy", "accuracy"):
+        if number(after.get(key)) is not None:
+            return _ranking_sentence(before, after, key)
     if number(after.get("loss")) is not None:
         return _loss_sentence(before, after)
     steps = [line for line in metrics if "loss" in line]
@@ -75,10 +73,10 @@ def run_sentence(evaluation: Json, metrics: Sequence[Json]) -> str:
     return f"No held-out evaluation, so nothing can be said about unseen data: {so_far}."
 
 
-def _ranking_sentence(before: Json, after: Json) -> str:
-    first, second = number(before.get("logp_accuracy")), float(after["logp_accuracy"])
-    ends = pair(after.get("logp_accuracy_interval"))
-    known = _known(after, "logp_accuracy") or " (no interval was measured)"
+def _ranking_sentence(before: Json, after: Json, key: str) -> str:
+    first, second = number(before.get(key)), float(after[key])
+    ends = pair(after.get(f"{key}_interval"))
+    known = _known(after, key) or " (no interval was measured)"
     where = _where(after, "comparisons")
     if first is None:
         return f"{where} the trained model ranks {percent(second)} right{known}; before training was not measured."

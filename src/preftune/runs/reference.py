@@ -48,7 +48,7 @@ def references(
         if job.load_reference is None:
             start, which = policy, "policy"
             if job.new_adapter and virtual_tokens(job.model):  # what they do to the policy is no fault, what else differs is
-                apart, which = "the policy starts with virtual tokens", "policy without them"
+                apart, which = "the policy starts with virtual tokens", "policy without its virtual tokens"
                 with adapter_off(weights.compute):
                     start = scored(job, weights.compute, job.train, first, "check", stop)
             try:

@@ -159,7 +159,9 @@ def by_of(row: Row) -> By | None:
     if "strength" not in found and not row.keys().isdisjoint(CHOSEN_SCORES):
         chosen, rejected = (measured(row.get(one_of(row, columns))) for columns in (CHOSEN_SCORES, REJECTED_SCORES))
         if chosen is not None and rejected is not None:
-            found["strength"] = chosen - rejected
+            label = measured(row.get("preference"))
+            # of the judgement, which below one half is for the rejected answer
+            found["strength"] = rejected - chosen if label is not None and label < 0.5 else chosen - rejected
     return By(**found) if found else None
 
 
