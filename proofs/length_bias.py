@@ -12,7 +12,7 @@ import logging
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -24,7 +24,7 @@ from preftune.demo.experiment import model_folder
 from preftune.models.load import load_model
 from preftune.records import Comparison, Demonstration, Group, Response
 
-OPENINGS, HELD, SEEDS, STEPS = 640, 256, 3, 80
+OPENINGS, HELD, SEEDS, STEPS = 320, 256, 3, 40
 LIKING = 0.05  # log-odds a token
 LONGEST = 128
 ARMS: dict[str, dict[str, Any]] = {
@@ -84,6 +84,40 @@ def longer_wins(data: Sequence[Group], task: film.Task) -> float:
     return fmean(hits)
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What the arms of one seed have in common: the model that has learned to end its answers, and what was judged."""
+
+    weights: dict[str, torch.Tensor]
+    task: film.Task
+    data: list[Group]
+    longer_wins: float
+    before: dict[str, float]
+
+
+def begin(seed: int) -> Begun:
+    logging.getLogger("preftune").setLevel(logging.ERROR)
+    base = ending(seed)
+    task = film.prepare(OPENINGS, HELD, seed=100 * seed, model=base, new_tokens=LONGEST)
+    data = judged(task)
+    before = film.measured(task, base, base, new_tokens=LONGEST)
+    print(seed, before, flush=True)
+    return Begun(base.state_dict(), task, data, longer_wins(data, task), before)
+
+
+def run(job: tuple[Begun, int, str]) -> dict[str, float]:
+    """What a model is after the steps of one arm."""
+    logging.getLogger("preftune").setLevel(logging.ERROR)
+    begun, seed, name = job
+    base, policy = load_model(model_folder()), load_model(model_folder())
+    for model in (base, policy):
+        model.load_state_dict(begun.weights)
+    film.trained(begun.task, begun.data, base=policy, steps=STEPS, seed=seed, **ARMS[name])
+    found = film.measured(begun.task, policy, base, new_tokens=LONGEST)
+    print(seed, name, found, flush=True)
+    return found
+
+
 def draw(figure: Any, found: dict[str, list[dict[str, float]]]) -> None:
     axes = figure.subplots()
     for n, (name, runs) in enumerate(found.items()):
@@ -95,24 +129,14 @@ def draw(figure: Any, found: dict[str, list[dict[str, float]]]) -> None:
 
 
 def main() -> None:
-    logging.getLogger("preftune").setLevel(logging.ERROR)
-    found: dict[str, list[dict[str, float]]] = {}
-    share: list[float] = []
-    for seed in range(SEEDS):
-        base = ending(seed)
-        kept = {k: v.clone() for k, v in base.state_dict().items()}
-        task = film.prepare(OPENINGS, HELD, seed=100 * seed, model=base, new_tokens=LONGEST)
-        data = judged(task)
-        share.append(longer_wins(data, task))
-        found.setdefault("before", []).append(film.measured(task, base, base, new_tokens=LONGEST))
-        print(seed, share[-1], found["before"][-1], flush=True)
-        for name, keys in ARMS.items():
-            policy = load_model(model_folder())
-            with torch.no_grad():
-                policy.load_state_dict(kept)
-            film.trained(task, data, base=policy, steps=STEPS, seed=seed, **keys)
-            found.setdefault(name, []).append(film.measured(task, policy, base, new_tokens=LONGEST))
-            print(seed, name, found[name][-1], flush=True)
+    with common.workers() as pool:
+        begun = list(pool.map(begin, range(SEEDS)))
+        jobs = [(begun[seed], seed, name) for name in ARMS for seed in range(SEEDS)]
+        figures = list(pool.map(run, jobs))
+    found = {"before": [own.before for own in begun]}
+    for (_, _, name), figure in zip(jobs, figures, strict=True):
+        found.setdefault(name, []).append(figure)
+    share = [own.longer_wins for own in begun]
 
     def shown(runs: list[dict[str, float]], key: str, form: str) -> str:
         values = [r[key] for r in runs]

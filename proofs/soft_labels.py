@@ -20,6 +20,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -38,7 +39,7 @@ from preftune.records import By, Comparison, Group, Mark, Response
 from preftune.runs.fit import fit
 from preftune.scoring.score import score
 
-SEEDS, HELD_DEBATES, PAIRS, CHUNK = 5, 4, 2000, 8
+SEEDS, HELD_DEBATES, PAIRS, CHUNK = 5, 4, 1500, 8
 SAID = {"a1": 1.0, "equal": 0.5, "a2": 0.0}
 LENGTH = 128  # tokens of topic and argument; the end of longer ones is cut
 SETTINGS: dict[str, Any] = {
@@ -130,7 +131,13 @@ def measured(model: Any, tokenizer: Any, held: Sequence[Group]) -> dict[str, flo
     return found | {"accuracy": float(right_sign(margin, share).nanmean()), "pairs": float(len(share))}
 
 
-def one(arm: str, train: Sequence[Group], held: Sequence[Group], tokenizer: Any, seed: int) -> dict[str, float]:
+def one(found: dict[str, list[Group]], job: tuple[int, str]) -> dict[str, float]:
+    """A reward model of one kind of labels and one seed, which draws the debates held out, the pairs, and the new head."""
+    logging.getLogger("preftune").setLevel(logging.ERROR)
+    seed, arm = job
+    tokenizer, order = load_tokenizer(model_folder()), sorted(found)
+    random.Random(seed).shuffle(order)
+    held, train = ([g for name in part for g in found[name]] for part in (order[:HELD_DEBATES], order[HELD_DEBATES:]))
     pairs = label(train, arm)
     chosen = sorted(random.Random(seed).sample(range(len(pairs)), min(PAIRS, len(pairs))))
     if arm == "hard":  # a tie says nothing
@@ -140,7 +147,9 @@ def one(arm: str, train: Sequence[Group], held: Sequence[Group], tokenizer: Any,
     began = time.perf_counter()
     fit(model, tokenizer, data, method="reward", eval_groups=data[:1], seed=seed, **SETTINGS)
     seconds = time.perf_counter() - began
-    return measured(model, tokenizer, held) | {"trained_on": float(sum(len(g.marks) for g in data)), "seconds": seconds}
+    figures = measured(model, tokenizer, held) | {"trained_on": float(sum(len(g.marks) for g in data)), "seconds": seconds}
+    print(seed, arm, {key: round(value, 4) for key, value in figures.items()}, flush=True)
+    return figures
 
 
 def draw(figure: Any, runs: dict[str, list[dict[str, float]]]) -> None:
@@ -200,17 +209,10 @@ def main() -> None:
     if not (folder / "pairs_with_votes.jsonl.gz").is_file():
         print(f"skipped: no pairs_with_votes.jsonl.gz in {folder}; --ukp names the folder of UKPConvArg1")
         return
-    logging.getLogger("preftune").setLevel(logging.ERROR)
-    tokenizer, found = load_tokenizer(model_folder()), debates(folder)
-    runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    for seed in range(SEEDS):
-        order = sorted(found)
-        random.Random(seed).shuffle(order)
-        held, train = ([g for name in part for g in found[name]] for part in (order[:HELD_DEBATES], order[HELD_DEBATES:]))
-        for arm in ARMS:
-            runs[arm].append(one(arm, train, held, tokenizer, seed))
-            print(seed, arm, {k: round(v, 4) for k, v in runs[arm][-1].items()}, flush=True)
-    report(runs)
+    jobs = [(seed, arm) for seed in range(SEEDS) for arm in ARMS]
+    with common.workers() as pool:
+        measured_by = dict(zip(jobs, pool.map(partial(one, debates(folder)), jobs), strict=True))
+    report({arm: [measured_by[seed, arm] for seed in range(SEEDS)] for arm in ARMS})
 
 
 if __name__ == "__main__":
