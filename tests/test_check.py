@@ -17,10 +17,10 @@ from preftune.checks.templates import Problems, last_turn
 from preftune.checks.texts import Frequent, alike, refuses
 from preftune.checks.tokens import Tokens
 from preftune.data.options import DataOptions
-from preftune.data.read import read
+from preftune.data.read import read, tally
 from preftune.data.render import Speaker
 from preftune.errors import Refusal
-from preftune.records import Comparison, Group, Message, Response
+from preftune.records import Comparison, Finding, Group, Message, Response
 
 
 def pair(n: int, **changes: Any) -> dict[str, Any]:
@@ -112,6 +112,24 @@ def test_too_many_dropped_is_an_error_of_the_whole(tmp_path: Path) -> None:
     assert rows_of(check(rows).report, "too_many_dropped") == [None]
     none = check([pair(n, chosen="") for n in range(3)]).report
     assert rows_of(none, "nothing_kept") == [None] and none["kept"] == 0
+
+
+def test_findings_of_dropped_rows_stand_file_by_file(tmp_path: Path) -> None:
+    """A file of which no row is kept is no exception."""
+    bad = [pair(n, chosen="") for n in range(2)]
+    places = [
+        str(write_rows(tmp_path / name, rows)) for name, rows in (("b.jsonl", bad), ("a.jsonl", bad), ("c.jsonl", [pair(5)]))
+    ]
+    found = findings(check(places).report, "empty_answer")
+    assert [(f["file"], f["row"]) for f in found] == [(places[0], 1), (places[0], 2), (places[1], 1), (places[1], 2)]
+
+
+def test_a_source_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = write_rows(tmp_path / "a.jsonl", [pair(1), pair(2)])
+    answer = call(capsys, "check", str(place), f"{place.parent}/./{place.name}", "--json")
+    assert answer.code == 2 and answer.error["code"] == "named_twice"
+    parts = [{"path": str(place), "limit": 1}, {"path": str(place), "limit": 2}]
+    assert check(parts).report["rows"] == 3, "what differs in its settings is another source"
 
 
 def test_hh_harmless(shared: Any) -> None:
@@ -251,6 +269,15 @@ def test_refusals(said: str, is_one: bool) -> None:
     assert refuses(said.lower()) == is_one
 
 
+def test_a_phrase_in_a_few_answers_says_nothing() -> None:
+    def phrases(times: int, rows: int) -> list[dict[str, Any]]:
+        said = [pair(n, chosen=f" Great question, {n}") if n < times else pair(n) for n in range(rows)]
+        return findings(check(said).report, "boilerplate")
+
+    assert not phrases(1, 20) and len(phrases(8, 20)) == 1
+    assert "40.0 % of the better answers and 0.0 % of the worse ones" in phrases(8, 20)[0]["message"]
+
+
 def test_refusals_of_both_sides_are_shares() -> None:
     no = " I'm sorry, but I can't help with that."
     rows = [pair(n, chosen=no if n < 5 else pair(n)["chosen"]) for n in range(20)]
@@ -319,6 +346,15 @@ def test_what_max_length_cuts() -> None:
     assert cut["truncate_prompt_start"].get("dropped", 0) == 1 or cut["truncate_prompt_start"]["tokens"] > 0
     report = tokens_of(rows, limit=whole - 6, too_long="truncate_response")
     assert rows_of(report, "identical_tokens") == [1] and report["kept"] == 1
+
+
+def test_a_row_with_several_judgements_is_named_once() -> None:
+    judged = {"instruction": "Name a river.", "response1": "The Tana.", "response2": "It is the Rhine, or so they say."}
+    rows = [{**judged, "annotator1": 1, "annotator2": 2, "annotator3": 1}, {**judged, "response2": "No.", "annotator1": 1}]
+    report = tokens_of(rows, limit=60)
+    assert rows_of(report, "too_long") == [1] and report["dropped"] == {"too_long": 1}
+    lost = [Finding("too_long", "error", "over it", "a.jsonl", row) for row in (1, 1, 1, 4)]
+    assert tally({"too_long": 2}, lost) == "too_long 2 (rows 1, 4)"
 
 
 CHAT = (
@@ -410,7 +446,7 @@ def test_the_quick_part_says_the_same_as_the_check() -> None:
     }  # fmt: skip
     assert line == "check: duplicate rows: 1; contradictions: 1; preference cycles: 1"
     many, _ = quick(read([pair(n, chosen=" long enough") for n in range(40)]))
-    assert "shorter" not in many and "the longer answer wins 0.0% of comparisons" in many
+    assert "shorter" not in many and "the longer answer wins 0.0 % of comparisons" in many
 
 
 def test_groups_made_in_python_are_checked_too() -> None:

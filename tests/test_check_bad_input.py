@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, bytes, str]] = {
     "a row longer than rows are": ("a.jsonl", GOOD + b'{"prompt": "' + b"x" * SMALL + b'"}\n', "row_too_long"),
     "no line end at all": ("a.txt", b"x" * 5 * SMALL, "row_too_long"),
     "a JSON text that is never closed": ("a.json", b'[{"prompt": "' + b"x" * 600_000, "row_too_long"),
+    "a JSON row longer than rows are": ("a.json", b'[{"prompt": "' + b"x" * SMALL + b'"}]', "row_too_long"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(GOOD * 50)[:-20], "bad_gzip"),
     "no gzip": ("a.jsonl.gz", GOOD, "bad_gzip"),
     "0 bytes": ("a.jsonl", b"", "empty"),

@@ -9,6 +9,7 @@ from preftune.checks.codes import finding
 from preftune.checks.texts import SHOWN, Frequent
 from preftune.data.formats.columns import as_text, short
 from preftune.records import Finding
+from preftune.report.words import percent
 
 COLUMNS = ("source", "category")
 NEARLY_ALL = 0.9
@@ -41,6 +42,7 @@ class Balance:
         for column, said in self.summary().items():
             value, share = next(iter(said["shares"].items()))
             if said["values"] > 1 and share >= NEARLY_ALL:
-                what = f"{share:.1%} of the rows are of {column} {value!r}: the others hardly count; data.sources takes limits"
+                most = f"{percent(share)} of the rows are of {column} {value!r}"
+                what = f"{most}: the others hardly count; data.sources takes limits"
                 found.append(finding("unbalanced", what))
         return found

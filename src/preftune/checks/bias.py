@@ -11,6 +11,7 @@ from preftune.checks.codes import finding
 from preftune.checks.ledger import Bools, Ints, Keys, Table
 from preftune.evaluation.intervals import share_interval
 from preftune.records import Finding
+from preftune.report.words import percent
 
 FEW = 30  # comparisons: of fewer, nothing can be said
 FAR = 0.1  # from chance: a bias that training will learn, and worth a warning
@@ -57,9 +58,10 @@ def length_bias(
     if share is None or unequal.sum() < FEW or ends[0] <= 0.5 <= ends[1]:
         return result, []
     side = "longer" if share > 0.5 else "shorter"
+    wins = f"{percent(max(share, 1 - share))} of {int(unequal.sum()):,} comparisons of unequal length"
     what = (
-        f"the {side} answer wins {max(share, 1 - share):.1%} of {int(unequal.sum()):,} comparisons of unequal length, 50 % by "
-        f"chance: the model will learn to write {side}; compare lengths before and after, or train with method=simpo or r_dpo"
+        f"the {side} answer wins {wins}, 50 % by chance: the model will learn to write {side}; compare lengths "
+        "before and after, or train with method=simpo or r_dpo"
     )
     return result, [finding("length_bias", what, mild=abs(share - 0.5) < FAR)]
 
@@ -89,10 +91,8 @@ def position_bias(table: Table, ordered: Bools) -> tuple[dict[str, Any] | None, 
     if used.sum() < FEW or ends[0] <= 0.5 <= ends[1]:
         return result, []
     side = "first" if share > 0.5 else "second"
-    what = (
-        f"the {side} answer wins {max(share, 1 - share):.1%} of {result['comparisons']:,} comparisons ({result['by']}), 50 % "
-        "by chance: have both orders judged, or shown in random order"
-    )
+    wins = f"{percent(max(share, 1 - share))} of {result['comparisons']:,} comparisons ({result['by']})"
+    what = f"the {side} answer wins {wins}, 50 % by chance: have both orders judged, or shown in random order"
     return result, [finding("position_bias", what, mild=abs(share - 0.5) < FAR)]
 
 

@@ -20,6 +20,7 @@ from preftune.data.read import Part, check_left, enforce
 from preftune.data.sources import Rows, streams
 from preftune.errors import Refusal
 from preftune.records import Finding, Group, Mark
+from preftune.report.words import percent
 
 SEVERITIES = ("error", "warning", "info")
 Progress = Callable[[str, int], None]  # file, rows of it that are read
@@ -89,7 +90,8 @@ def check(
     if tokens:
         report["tokens"] = tokens.summary()
         found += tokens.problems()
-    report["findings"] = [asdict(f) for f in _sorted(found, [*collect.ledger.files, *(held.ledger.files if held else ())])]
+    files = [source["path"] for reading in (collect.reading, held and held.reading) if reading for source in reading.sources]
+    report["findings"] = [asdict(f) for f in _sorted(found, files)]
     return Checked(report, collect.samples)
 
 
@@ -100,7 +102,9 @@ def quick(groups: Sequence[Group]) -> tuple[str, list[Finding]]:
     length, bias = length_bias(table)
     said = [f"{what}: {number:,}" for what, number in counts.items() if number]
     if length and length["comparisons"] - length["equal"] >= FEW:
-        said.append(f"the longer answer wins {length['without_equal']:.1%} of comparisons of unequal length (50 % by chance)")
+        said.append(
+            f"the longer answer wins {percent(length['without_equal'])} of comparisons of unequal length (50 % by chance)"
+        )
     line = "; ".join(said) or "no row says again, or the other way round, what another says"
     return f"check: {line}", [*found, *bias]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from preftune.checks.codes import finding
 from preftune.records import Comparison, Content, Finding, Mark, Ranking, Rating
+from preftune.report.words import percent
 
 Side = Literal["better", "worse", "other"]
 HEAD, BODY = 200, 20_000  # characters that are looked at: for a refusal, and for everything else
@@ -147,7 +149,7 @@ class Texts:
             what = f"{_shares(refusals)} refuse to answer, as far as English words tell: {_more_or_less(refusals)}"
             found.append(finding("refusals", what))
         for phrase, shares in said["phrases"].items():
-            if "better" in shares and abs(shares["better"] - shares.get("worse", 0.0)) >= APART:
+            if _apart(shares, said["answers"]):
                 what = f"{phrase!r} stands in {_shares(shares)}: the labels may prefer the phrase, or its absence"
                 found.append(finding("boilerplate", what))
         return found
@@ -164,8 +166,21 @@ def refuses(lowered: str) -> bool:
 
 
 def _shares(shares: dict[str, float]) -> str:
-    names = {"better": "better answers", "worse": "worse ones" if "better" in shares else "worse answers", "other": "answers"}
-    return " and ".join(f"{share:.1%} of the {names[name]}" for name, share in shares.items())
+    names = {"better": "better answers", "worse": "worse ones" if "better" in shares else "worse answers"}
+    names["other"] = "others" if len(shares) > 1 else "answers"
+    *first, last = [f"{percent(share)} of the {names[name]}" for name, share in shares.items()]
+    return " and ".join(filter(None, [", ".join(first), last]))
+
+
+def _apart(shares: Mapping[str, float], answers: Mapping[str, int]) -> bool:
+    """Whether the shares of both sides differ, and by more than two standard errors: a few answers say nothing."""
+    if "better" not in shares or "worse" not in shares:
+        return False
+    together = (shares["better"] * answers["better"] + shares["worse"] * answers["worse"]) / (
+        answers["better"] + answers["worse"]
+    )
+    error = math.sqrt(together * (1 - together) * (1 / answers["better"] + 1 / answers["worse"]))
+    return abs(shares["better"] - shares["worse"]) >= max(APART, 2 * error)
 
 
 def _more_or_less(shares: dict[str, float]) -> str:

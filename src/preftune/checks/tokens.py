@@ -51,6 +51,7 @@ class Tokens:
         for group, rendered in self._speaker.render(groups, self.findings):
             if rendered:
                 self._take(group, rendered, *where[id(group.responses[0].origins[0])])
+        self.findings[before:] = dict.fromkeys(self.findings[before:])  # each judgement of a row has one, all of them alike
         bad = _rows_of(self.findings[before:])
         return [place for at, (_, place) in waiting.items() if at in bad]
 

@@ -58,12 +58,12 @@ class Reading:
 
 def tally(dropped: Mapping[str, int], findings: Iterable[Finding]) -> str:
     """`empty_answer 4 (rows 87, 517, 926, 1104), bad_json 1 (row 3)`; rows of several files are named `file:row`."""
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, dict[str, None]] = {}  # in order, each once: a row may have several judgements
     placed = [finding for finding in findings if finding.row is not None]
     several = len({finding.file for finding in placed}) > 1
     for finding in placed:
-        rows.setdefault(finding.code, []).append(f"{finding.file}:{finding.row}" if several else str(finding.row))
-    return ", ".join(f"{code} {count:,}" + _named(rows.get(code, [])) for code, count in dropped.items())
+        rows.setdefault(finding.code, {})[f"{finding.file}:{finding.row}" if several else str(finding.row)] = None
+    return ", ".join(f"{code} {count:,}" + _named(list(rows.get(code, ()))) for code, count in dropped.items())
 
 
 def _named(rows: Sequence[str]) -> str:

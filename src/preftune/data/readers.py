@@ -149,7 +149,9 @@ def _why(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         ended = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
         return "it ends too early" if ended else error.msg
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number has too many digits" if "digits" in str(error) else str(error)  # Python's own words are for programmers
 
 
 def _text(stream: BinaryIO, place: Place) -> Iterator[Numbered]:
@@ -266,15 +268,20 @@ class JsonScanner:
             try:
                 value, stop = self._decode(self.text, self.at)
                 if self.text[stop - 1] not in "0123456789" or stop < len(self.text) or not self.fill():  # a number may go on
+                    if stop - self.at > LONGEST:
+                        raise _value_too_long()
                     self.at = stop
                     return value
             except json.JSONDecodeError as e:
                 cut = e.pos >= len(self.text) - 16 or e.msg.startswith("Unterminated string")
                 if cut and len(self.text) - self.at > LONGEST:
-                    what = f"a value is longer than {LONGEST / 2**20:.3g} MiB: has it lost its end?"
-                    raise BrokenFile("row_too_long", what) from None
+                    raise _value_too_long() from None
                 if not cut or not self.fill():
                     raise
+
+
+def _value_too_long() -> BrokenFile:
+    return BrokenFile("row_too_long", f"a value is longer than {LONGEST / 2**20:.3g} MiB: has it lost its end?")
 
 
 def _json(stream: BinaryIO, place: Place) -> Iterator[Numbered]:
@@ -299,6 +306,9 @@ def _elements(scan: JsonScanner, place: Place) -> Iterator[Numbered]:
         number = place.row + 1
         try:
             row = _object(scan.value())
+        except BrokenFile as e:
+            e.row = number
+            raise
         except (ValueError, RecursionError) as e:
             raise BrokenFile("bad_json", f"element {number} of the array is broken ({_why(e)}): mend it", number) from None
         yield number, row

@@ -43,6 +43,7 @@ def streams(sources: Any, options: DataOptions) -> Iterator[Stream]:
     items = list(sources) if is_list(sources) else [sources]
     if not items:
         raise Refusal("no data is given: name a file, a folder, a hub name, or rows", code="no_data", key="data.sources")
+    named: list[Source] = []
     for kind, alike in groupby(items, key=_kind):
         if kind in ("rows", "groups"):
             if options.split:
@@ -56,8 +57,18 @@ def streams(sources: Any, options: DataOptions) -> Iterator[Stream]:
                 found = iter([Stream(kind, dataset_rows(item, options.split, kind))])
             else:
                 source = item if isinstance(item, Source) else _source(item)
+                _check_new(source, named)
                 found = _found(source, source.split or options.split)
             yield from _limited(found, source, options)
+
+
+def _check_new(source: Source, named: list[Source]) -> None:
+    """Refuses a source that was named before in the same words, and notes it: its rows could not be told apart."""
+    same = source.model_copy(update={"path": str(Path(source.path)), "weight": None})
+    if same in named:
+        what = "stands there twice, and each of its rows would count twice: name it once"
+        raise Refusal(what, code="named_twice", file=source.path, key="data.sources")
+    named.append(same)
 
 
 def _kind(item: object) -> str:
@@ -182,4 +193,4 @@ def _data_files(folder: Path, name: str) -> list[Path]:
 def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"no such file: there is no folder {path.parent}"
-    return f"no such file.{nearest(path.name, [p.name for p in path.parent.iterdir()])}"
+    return f"no such file.{nearest(path.name, [p.name for p in path.parent.iterdir() if p.name != path.name])}"

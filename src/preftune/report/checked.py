@@ -13,7 +13,7 @@ from preftune.report.words import count, duration, figure, interval, percent
 
 SHOWN = 5  # rows of a kind that are named where it is short
 MAX_ROWS = 50_000  # row numbers on the page
-SEEN = 0.005  # of the answers
+SEEN, FEW = 0.005, 3  # of the answers: a share, and a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +105,13 @@ def _bias(report: Json) -> Section:
     lines: list[Line] = []
     if length:
         lines.append(
-            _share(length, "longer_preferred", f"longer answer preferred, of {figure(length['comparisons'])}", length["chance"])
+            _share(length, "longer_preferred", f"longer preferred, of {figure(length['comparisons'])}", length["chance"])
         )
         lines.append(_share(length, "without_equal", f"without {figure(length['equal'])} of equal length", 0.5))
-        lines.append(Line("median characters", f"{figure(length['better'])} better, {figure(length['worse'])} worse"))
+        lines.append(Line("median characters", f"{figure(length['better'])} of better", f"{figure(length['worse'])} of worse"))
     if position:
-        label = f"first answer preferred, of {figure(position['comparisons'])}"
-        line = _share(position, "first_preferred", label, 0.5)
-        lines.append(Line(line.label, line.value, f"{line.note}; {position['by']}"))
+        what = "answer shown first" if position["by"] == "shown first" else position["by"]
+        lines.append(_share(position, "first_preferred", f"{what} preferred, of {figure(position['comparisons'])}", 0.5))
     dropped = f"; {length['dropped']:,} of the comparisons stand in dropped rows" if length.get("dropped") else ""
     note = f"Lengths in characters; 95 % intervals, whole prompts drawn again{dropped}."
     return Section("What the labels favour", note, lines)
@@ -125,18 +124,20 @@ def _share(held: Json, key: str, label: str, chance: Any) -> Line:
 
 def _answers(report: Json) -> Section:
     texts = mapping(report.get("texts"))
-    lines = [Line("refuse to answer", _sides(mapping(texts.get("refusals"))))] if texts.get("refusals") else []
+    least = max([SEEN, *(FEW / n for n in mapping(texts.get("answers")).values())])
+    lines = [_sides("refuse to answer", mapping(texts.get("refusals")))] if texts.get("refusals") else []
     for name, label in (("phrases", "say"), ("beginnings", "begin with")):
         said = [(text, mapping(shares)) for text, shares in mapping(texts.get(name)).items()]
-        lines += [Line(f"{label} “{text}”", _sides(shares)) for text, shares in said if max(shares.values()) >= SEEN][:SHOWN]
-    note = "Shares of the answers of each side, from 0.5 % on; refusals and phrases are English."
+        lines += [_sides(f"{label} “{text}”", shares) for text, shares in said if max(shares.values()) >= least][:SHOWN]
+    note = f"Shares of the answers of each side, from {percent(least)} on; refusals and phrases are English."
     return Section("Refusals and set phrases", note, lines)
 
 
-def _sides(shares: Json) -> str:
-    return ", ".join(
-        f"{percent(share)} of {side}" if side in ("better", "worse") else percent(share) for side, share in shares.items()
-    )
+def _sides(label: str, shares: Json) -> Line:
+    """The better side's share is the figure, the others stand beside it."""
+    names = {"better": " of better", "worse": " of worse", "other": " of others" if len(shares) > 1 else ""}
+    first, *more = [f"{percent(share)}{names[side]}" for side, share in shares.items()]
+    return Line(label, first, ", ".join(more))
 
 
 def _tokens(report: Json) -> Section:
@@ -167,19 +168,15 @@ def _cut(report: Json) -> Section:
     )
     names = {
         "tokens": "tokens cut",
-        "dropped": "rows dropped",
-        "only_difference": "rows whose only difference is cut",
-        "last_turn": "rows whose last question is cut",
+        "only_difference": "rows without their only difference",
+        "last_turn": "rows without their last question",
     }
-    lines = [
-        Line(
-            f"data.too_long={way}",
-            ", ".join(f"{figure(counts[key])} {label}" for key, label in names.items() if counts.get(key)) or "0 rows dropped",
-        )
-        for way, each in mapping(held.get("cut")).items()
-        if (counts := mapping(each))
-    ]
-    return Section("What max_length cuts", limit, lines or [Line("cut", "nothing")])
+    lines: list[Line] = []
+    for way, each in mapping(held.get("cut")).items():
+        if counts := mapping(each):
+            more = ", ".join(f"{figure(counts[key])} {label}" for key, label in names.items() if counts.get(key))
+            lines.append(Line(way, f"{figure(counts.get('dropped', 0))} rows dropped", more))
+    return Section("What max_length cuts, by data.too_long", limit, lines or [Line("cut", "nothing")])
 
 
 def _run(report: Json) -> Section:
