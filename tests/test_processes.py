@@ -69,7 +69,7 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], kind: str) -> flo
     assert a.keys() == b.keys()
     names = [name for name in a if name.startswith(kind)]
     assert names
-    return max(float((a[name] - b[name]).norm() / a[name].norm().clamp(min=1e-12)) for name in names)
+    return max(float((a[name] - b[name]).detach().norm() / a[name].detach().norm().clamp(min=1e-12)) for name in names)
 
 
 @pytest.mark.parametrize(("method", "adapter"), processes_case.CASES)
@@ -149,7 +149,7 @@ def test_what_one_process_cannot_read_the_first_one_names(files: Path, tmp_path:
     own = ["-m", "preftune", "train", f"model={files / 'model'}", "data=pairs.jsonl", "batch_size=2", f"out={tmp_path / 'run'}"]
     (first, _, said), (second, _, nothing) = ended(start(2, *own, folders=[tmp_path / "0", tmp_path / "1"]))
     assert first == second == 2
-    assert said.endswith("preftune: process 1 of 2: pairs.jsonl: no such file\n") and not nothing
+    assert said.endswith("preftune: process 1 of 2: pairs.jsonl: no such file.\n") and not nothing
     assert not (tmp_path / "run").exists()
 
 

@@ -86,7 +86,6 @@ ELSEWHERE = {
 
 LATER = (
     "train.optimizer",
-    "train.parallel",
     "train.deterministic",
 )
 
