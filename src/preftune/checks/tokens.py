@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,13 @@ QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 WAYS: tuple[TooLong, ...] = ("drop", "truncate_response", "truncate_prompt_start")
 
 
+_Rows = dict[tuple[str, int], tuple[Group, int]]
+_Found = tuple[list[tuple[Group, list[Rendered]]], list[Finding]]
+
+
 class Tokens:
-    """Renders rows in chunks, as training does, and keeps numbers of them."""
+    """Renders rows in chunks, as training does, and keeps numbers of them. A chunk is tokenized, which needs no interpreter,
+    while the rows after it are read and those before it are looked at."""
 
     def __init__(self, tokenizer: Any, *, limit: int | None, too_long: TooLong, template: str | None) -> None:
         self.findings: list[Finding] = []  # of rows that cannot be rendered, which training drops
@@ -30,7 +36,9 @@ class Tokens:
         self.drawn: list[dict[str, Any]] = []
         self._speaker, self._tokenizer = Speaker(tokenizer, template), tokenizer
         self._problems = Problems(self._speaker)
-        self._waiting: dict[tuple[str, int], tuple[Group, int]] = {}
+        self._waiting: _Rows = {}
+        self._beside = ThreadPoolExecutor(max_workers=1)
+        self._begun: tuple[_Rows, Future[_Found]] | None = None
         self._group, self._response, self._kept = bytearray(), bytearray(), bytearray()
         self._start, self._length, self._row = array("I"), array("I"), array("I")
         self._rows = self._over = 0
@@ -38,17 +46,32 @@ class Tokens:
 
     def add(self, group: Group, file: str, row: int, place: int) -> Sequence[int]:
         """A row as a group, and its place in the ledger; gives back the places of rows that turn out to be dropped."""
-        dropped = self.flush() if len(self._waiting) >= CHUNK or (file, row) in self._waiting else ()
+        dropped = self._next() if len(self._waiting) >= CHUNK or (file, row) in self._waiting else ()
         self._waiting[file, row] = group, place
         return dropped
 
     def flush(self) -> Sequence[int]:
-        """The rows that wait."""
-        waiting, self._waiting = self._waiting, {}
+        """All rows that are left."""
+        return [*self._next(), *self._next()]
+
+    def _next(self) -> Sequence[int]:
+        """Begins the rows that wait, and looks at those that were begun before."""
+        begun, self._begun = self._begun, None
+        if self._waiting:
+            rows, self._waiting = self._waiting, {}
+            self._begun = rows, self._beside.submit(self._rendered, [group for group, _ in rows.values()])
+        return self._taken(*begun) if begun else ()
+
+    def _rendered(self, groups: list[Group]) -> _Found:
+        findings: list[Finding] = []
+        return list(self._speaker.render(groups, findings)), findings
+
+    def _taken(self, waiting: _Rows, begun: Future[_Found]) -> Sequence[int]:
         before = len(self.findings)
-        groups = [group for group, _ in waiting.values()]
         where = {id(r.origins[0]): at for at, (group, _) in waiting.items() for r in group.responses}
-        for group, rendered in self._speaker.render(groups, self.findings):
+        found, own = begun.result()
+        self.findings += own
+        for group, rendered in found:
             if rendered:
                 self._take(group, rendered, *where[id(group.responses[0].origins[0])])
         self.findings[before:] = dict.fromkeys(self.findings[before:])  # each judgement of a row has one, all of them alike

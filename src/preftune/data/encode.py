@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 Encode = Callable[[list[str], bool], list[list[int]]]  # texts, and whether the tokenizer's own special tokens are written
@@ -14,8 +15,11 @@ def encoder(tokenizer: Any) -> Encode:
     """The tokenizer of transformers, or what stands below it: that counts no offsets, and is faster. It is used where it
     gives the same for a few texts."""
 
+    one = Lock()  # a call puts truncation and padding off, which nobody else's call may see half done
+
     def whole(texts: list[str], special: bool) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+        with one:
+            return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
     def below(texts: list[str], special: bool) -> list[list[int]]:
         return [found.ids for found in core.encode_batch_fast(texts, add_special_tokens=special)]
