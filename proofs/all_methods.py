@@ -17,9 +17,9 @@ from preftune.demo.experiment import model_folder
 from preftune.methods.table import NEEDS
 from preftune.models.load import load_model
 
-STEPS, HELD = 60, 256
+STEPS, HELD, OPENINGS = 60, 192, 4  # openings of a step
 KINDS = {"cut_pairs": "pairs"}
-SIZES = {"ratings": 32, "answers": film.OPENINGS, "rankings": film.OPENINGS}  # judgements of the same eight openings
+SIZES = {"pairs": 6 * OPENINGS, "ratings": 4 * OPENINGS, "answers": OPENINGS, "rankings": OPENINGS}  # judgements of them
 WORDS = {"pairs": "pairs", "ratings": "ratings", "rankings": "rankings", "answers": "best answers"}
 
 
@@ -42,7 +42,7 @@ def run(task: film.Task, name: str) -> dict[str, Any]:
     """What the model is after so many steps of a method."""
     logging.getLogger("preftune").setLevel(logging.ERROR)
     kind = KINDS.get(NEEDS[name].kind, NEEDS[name].kind)
-    keys = {"method": name, "epochs": 1.0, "steps": STEPS, "batch_size": SIZES.get(kind, film.STEP)}
+    keys = {"method": name, "epochs": 1.0, "steps": STEPS, "batch_size": SIZES[kind]}
     policy = film.trained(task, film.groups(task, kind), **keys)
     found = film.measured(task, policy, load_model(model_folder()))
     print(name, found, flush=True)
@@ -51,7 +51,7 @@ def run(task: film.Task, name: str) -> dict[str, Any]:
 
 def main() -> None:
     logging.getLogger("preftune").setLevel(logging.ERROR)
-    task = film.prepare(STEPS * film.OPENINGS, HELD)
+    task = film.prepare(STEPS * OPENINGS, HELD)
     start = load_model(model_folder())
     base = film.measured(task, start, start)
     names = [name for name, needs in NEEDS.items() if not needs.scalar]
@@ -63,7 +63,7 @@ def main() -> None:
         for name, r in sorted(runs.items(), key=lambda item: -item[1]["reward"])
     ]  # fmt: skip
     text = [
-        f"The packaged film-review model, {STEPS} steps each on the same {STEPS * film.OPENINGS} openings with four sampled "
+        f"The packaged film-review model, {STEPS} steps each on the same {STEPS * OPENINGS} openings with four sampled "
         "answers: all six pairs as probabilities sigmoid(r_a - r_b) of the gold reward r (the sentiment scorer's log-odds), "
         "one rating of each answer drawn with sigmoid(r - mean), the ranking by r, or the best answer. Learning rate "
         f"{film.SETTINGS['learning_rate']:g} for all, AdamW, float32; every other setting is the method's default. Measured on "

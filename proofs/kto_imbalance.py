@@ -45,7 +45,9 @@ def draw(figure: Any, found: dict[str, list[dict[str, float]]]) -> None:
             axes.bar(n, fmean(r[key] for r in runs), color=common.INKS[n], width=0.6)
             axes.plot([n] * len(runs), [r[key] for r in runs], "o", color="#3c4047", markersize=3)
         axes.axhline(0, color="#3c4047", linewidth=0.8)
-        axes.set_xticks(range(len(found)), [name.replace(", ", ",\n") for name in found], fontsize=7)
+        axes.set_xticks(
+            range(len(found)), [name.replace(", ", ",\n").replace(" of the", "\nof the") for name in found], fontsize=7
+        )
         axes.set_title(label, fontsize=9)
 
 
