@@ -66,6 +66,12 @@ class Diagnosis:
     unjudged: tuple[tuple[str, str], ...]
     looked_for: int
 
+    @property
+    def said(self) -> str:
+        judged = count(self.looked_for - len(self.unjudged), "patterns")
+        found = f"{len(self.findings)} found" if self.findings else "none found"
+        return f"{judged} looked for, {found}."
+
 
 _RATIOS = "log_ratio/chosen length/chosen"
 

@@ -91,7 +91,7 @@ class Record:
         return Curve(tuple(step for step, _ in found), tuple(value for _, value in found))
 
     def has(self, need: str) -> bool:
-        """Whether there is enough of a metric; `first.NAME`: of the first step; `before.NAME`, `after.NAME`: the held-out figure;
+        """Whether there is enough of a metric; `first.NAME`: in the first step; `before.NAME`, `after.NAME`: a held-out figure;
         `samples`: the lengths of answers."""
         side, _, name = need.partition(".")
         if need == "samples":

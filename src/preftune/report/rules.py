@@ -29,18 +29,16 @@ def likelihood_displacement(run: Record) -> str | None:
     """The chosen answers themselves got less likely: against the reference where it stays, else against the first steps."""
     ratio = run.per_token("log_ratio/chosen")
     if len(ratio) >= FEWEST and not run.moving:
-        end, moved, since = ratio.end, ratio.end.mean, "than under the reference"
-        error = end.error
+        end, moved, error, since = ratio.end, ratio.end.mean, ratio.end.error, "under the reference"
     else:
         logp = run.per_token("logp/chosen")
         start, end = logp.start, logp.end
-        moved, since = end.mean - start.mean, f"than over {start.where}"
-        error = math.hypot(start.error, end.error)
+        moved, error, since = end.mean - start.mean, math.hypot(start.error, end.error), f"over {start.where}"
     if moved > -FALLEN or moved + 2 * error > 0:
         return None
     other = run.per_token("log_ratio/rejected")
-    beside = f" (the rejected ones {figure(other.end.mean)})" if len(other) and not run.moving else ""
-    return f"over {end.where} the chosen answers are {figure(-moved)} nats per token less likely {since}{beside}"
+    beside = f"; on the rejected ones it moved by {figure(other.end.mean)}" if len(other) and not run.moving else ""
+    return f"over {end.where} the chosen answers have {figure(-moved)} nats per token less than {since}{beside}"
 
 
 def length_drift(run: Record) -> str | None:
@@ -75,11 +73,14 @@ def overfitting(run: Record) -> str | None:
         if best - last >= max(DROPPED, noise) and margin.end.mean > then.mean:
             fell = f"held-out accuracy fell from {percent(best)} at step {plain(step)} to {percent(last)}"
             return f"{fell} at step {plain(held.steps[-1])}, while {grown}"
-    losses = run.curve("eval/loss").values[-1:] or (number(run.after.get("loss")),)
-    first, last, training = number(run.before.get("loss")), losses[0], run.curve("loss")
+    losses, training = run.curve("eval/loss"), run.curve("loss")
+    first = number(run.before.get("loss"))
+    last, where = (
+        (losses.values[-1], f" at step {plain(losses.steps[-1])}") if len(losses) else (number(run.after.get("loss")), "")
+    )
     if first is None or last is None or last <= first + RISEN * abs(first) or training.end.mean >= training.start.mean:
         return None
-    return f"the held-out loss rose from {figure(first)} before training to {figure(last)}, while {grown}"
+    return f"the held-out loss rose from {figure(first)} before training to {figure(last)}{where}, while {grown}"
 
 
 def noisy_labels(run: Record) -> str | None:
