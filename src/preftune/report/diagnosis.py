@@ -8,7 +8,7 @@ from typing import Any
 
 from preftune.report import rules
 from preftune.report.folder import RunFiles
-from preftune.report.record import FEWEST, Record
+from preftune.report.record import FEWEST, FEWEST_ANSWERS, NoFigures, Record
 from preftune.report.words import count, figure, percent
 
 
@@ -54,7 +54,10 @@ class Rule:
         return any(all(run.has(name) for name in together.split()) for together in self.needs)
 
     def found(self, run: Record) -> Finding | None:
-        evidence = self.judge(run) if self.can_judge(run) else None
+        try:
+            evidence = self.judge(run) if self.can_judge(run) else None
+        except NoFigures:  # there are enough steps, but not of those that count
+            evidence = None
         return Finding(self.name, self.title, evidence, self.threshold, self.change, self.page) if evidence else None
 
 
@@ -88,7 +91,7 @@ RULES = (
         "Learning rate too high",
         ("loss grad_norm",),
         f"training loss at the end {percent(rules.RISEN)} above its start; or peaks of loss and gradient; "
-        f"or {rules.COLLAPSED:g} nat per token lost on both sides",
+        f"or {rules.FAR:g} nats per token lost on both sides alike",
         "Divide `learning_rate` by three to ten.",
     ),
     Rule(
@@ -110,28 +113,29 @@ RULES = (
         rules.beta_too_large,
         "Beta too large",
         ("margin reward/chosen",),
-        f"beta * margin over {figure(rules.SURE)} at a margin, and a KL, under {rules.HARDLY:g} nat",
+        f"beta * margin over {figure(rules.AGREED)} at a margin, and a KL, under {rules.HARDLY:g} nat",
         "A tenth of the `beta`.",
     ),
     Rule(
         rules.likelihood_displacement,
         "Chosen answers got less likely",
         ("logp/chosen length/chosen",),
-        f"{rules.FALLEN:g} nats per token",
+        f"{rules.FALLEN:g} nats per token lost on the chosen answers",
         "A larger `beta` or fewer steps; `method=rpo`, `nca` or `dpop` hold the chosen answers up.",
     ),
     Rule(
         rules.length_drift,
         "The length of answers drifts",
         ("samples",),
-        f"a factor of {rules.LONGER:g}, over {rules.FEWEST_ANSWERS} answers or more and over twice its standard error",
+        f"the mean length changed by a factor of {rules.LONGER:g}, over {FEWEST_ANSWERS} answers or more, "
+        "and by more than twice the standard error",
         "`method=ld_dpo`, `ln_dpo` or `r_dpo`; or pairs of about equal length.",
     ),
     Rule(
         rules.overfitting,
         "Overfitting",
         ("margin eval/accuracy", "margin before.loss after.loss"),
-        f"held-out accuracy {percent(rules.DROPPED)} and two standard errors under its best, with a growing margin; "
+        f"held-out accuracy {100 * rules.DROPPED:g} points and two standard errors under its best, with a growing margin; "
         f"or a held-out loss {percent(rules.RISEN)} above the untrained one",
         "Fewer epochs, and `train.eval_every`, so that the best weights are kept; `method=ipo`; more prompts.",
     ),
@@ -147,14 +151,14 @@ RULES = (
         rules.accuracy_stuck,
         "Accuracy is stuck at 0 or 1",
         ("accuracy",),
-        f"exactly 0 or 1 over the later half, on {rules.FEWEST_STUCK} comparisons or more",
+        f"exactly 0 or 1 over the later half of the first epoch or held out, on {rules.FEWEST_STUCK} comparisons or more",
         "At 0: swap chosen and rejected. At 1: look for what gives the answer away, such as an ending or a format.",
     ),
     Rule(
         rules.data_too_easy,
         "Data too easy",
         ("accuracy", "before.logp_accuracy"),
-        f"{percent(rules.EASY)} ranked right before training, or after the first fifth of the first epoch",
+        f"{percent(rules.EASY)} ranked right before training, or after a fifth of the first epoch",
         "Pairs that are closer to each other, or fewer of these; look for a leak.",
     ),
 )
@@ -170,5 +174,7 @@ def diagnose(files: RunFiles) -> Diagnosis:
 def _lacks(rule: Rule, run: Record) -> str:
     """What would have let a rule judge, by its first way."""
     missing = [name for name in rule.needs[0].split() if not run.has(name)]
-    few = f" on {count(FEWEST, 'steps')}" if any("." not in name and name != "samples" for name in missing) else ""
+    if missing == ["samples"]:
+        return f"fewer than {FEWEST_ANSWERS} sampled answers with their lengths"
+    few = f" on {count(FEWEST, 'steps')}" if any("." not in name for name in missing) else ""
     return f"no {', '.join(missing)}{few}"

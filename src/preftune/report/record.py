@@ -6,13 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 
 from preftune.report.folder import Json, RunFiles, mapping, number
 from preftune.report.words import plain
 
 FEWEST = 10  # steps, under which a curve is an anecdote
+FEWEST_ANSWERS = 8
 STRETCH = 0.2  # share of the steps that "the end" and "the start" are means over
+
+
+class NoFigures(Exception):
+    """A rule asked for the mean of steps that the run does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,8 @@ class Stretch:
 
     @property
     def mean(self) -> float:
+        if not self.values:
+            raise NoFigures
         return fmean(self.values)
 
     @property
@@ -60,10 +67,6 @@ class Curve:
         """The first fifth, at least five steps where there are as many."""
         return self.part(0, max(5, round(STRETCH * len(self))))
 
-    @property
-    def median(self) -> float:
-        return median(self.values)
-
     def near(self, step: float, width: float) -> Stretch:
         """The steps at most so far from this one."""
         inside = [n for n, at in enumerate(self.steps) if abs(at - step) <= width]
@@ -95,7 +98,7 @@ class Record:
         `samples`: the lengths of answers."""
         side, _, name = need.partition(".")
         if need == "samples":
-            return bool(self.lengths)
+            return len(self.lengths) >= FEWEST_ANSWERS
         if name:
             first = self.lines[0] if self.lines else {}
             return number({"first": first, "before": self.before, "after": self.after}[side].get(name)) is not None

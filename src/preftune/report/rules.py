@@ -6,20 +6,21 @@ Why each threshold stands where it does is said in docs/diagnosis/, a page for e
 from __future__ import annotations
 
 import math
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from preftune.report.folder import mapping, number
 from preftune.report.record import FEWEST, Curve, Record, Stretch
 from preftune.report.words import count, figure, percent, plain
 
 FALLEN = 0.1  # nats per token: one answer in e^0.1, a perplexity 10.5 % higher
-LONGER, FEWEST_ANSWERS = 1.25, 8
+LONGER = 1.25
 DROPPED = 0.02  # of held-out accuracy, and twice its standard error
 CHANCE, FEWEST_UNSEEN = 0.6, 100
 KL_BUDGET, FAR = 20.0, 0.5  # nats per response, and nats per token of the judged answers
 SURE = math.log(0.9 / 0.1)  # beta * margin at which the logistic loss takes a pair as 90 % certain
+AGREED = math.log(0.73 / 0.27)  # 1: where it is at its optimum for labels that 73 % agree on
 HARDLY = 1.0  # nats of margin
-RISEN, SPIKE, PEAK, COLLAPSED = 0.1, 2.0, 10.0, 1.0
+RISEN, SPIKE, PEAK, BEHIND, PARTED = 0.1, 2.0, 10.0, 20, 0.25
 UNMOVED = 0.001  # nats per token
 MISMATCH = 0.02  # nats per token, what bfloat16 is allowed at the start check
 EASY, FEWEST_EASY, FEWEST_STUCK = 0.95, 50, 32
@@ -28,7 +29,7 @@ EASY, FEWEST_EASY, FEWEST_STUCK = 0.95, 50, 32
 def likelihood_displacement(run: Record) -> str | None:
     """The chosen answers themselves got less likely: against the reference where it stays, else against the first steps."""
     ratio = run.per_token("log_ratio/chosen")
-    if len(ratio) >= FEWEST and not run.moving:
+    if len(ratio) >= FEWEST and not run.moving and not reference_mismatch(run):
         end, moved, error, since = ratio.end, ratio.end.mean, ratio.end.error, "under the reference"
     else:
         logp = run.per_token("logp/chosen")
@@ -37,15 +38,13 @@ def likelihood_displacement(run: Record) -> str | None:
     if moved > -FALLEN or moved + 2 * error > 0:
         return None
     other = run.per_token("log_ratio/rejected")
-    beside = f"; on the rejected ones it moved by {figure(other.end.mean)}" if len(other) and not run.moving else ""
+    beside = f", and the rejected ones {figure(-other.end.mean)}" if since == "under the reference" and len(other) else ""
     return f"over {end.where} the chosen answers have {figure(-moved)} nats per token less than {since}{beside}"
 
 
 def length_drift(run: Record) -> str | None:
     """The model's own answers got longer, or shorter, by more than their number leaves to chance."""
     both = run.lengths
-    if len(both) < FEWEST_ANSWERS:
-        return None
     before, after = fmean(b for b, _ in both), fmean(a for _, a in both)
     differences = [a - b for b, a in both]
     if not before or not after or 1 / LONGER < after / before < LONGER:
@@ -70,7 +69,8 @@ def overfitting(run: Record) -> str | None:
         then = margin.near(step, max(1.0, margin.steps[-1] / 20))
         comparisons = number(run.after.get("comparisons")) or FEWEST_UNSEEN
         noise = 2 * math.sqrt(best * (1 - best) / comparisons)
-        if best - last >= max(DROPPED, noise) and margin.end.mean > then.mean:
+        grew = margin.end.mean - then.mean > 2 * math.hypot(margin.end.error, then.error)
+        if grew and best - last >= max(DROPPED, noise):
             fell = f"held-out accuracy fell from {percent(best)} at step {plain(step)} to {percent(last)}"
             return f"{fell} at step {plain(held.steps[-1])}, while {grown}"
     losses, training = run.curve("eval/loss"), run.curve("loss")
@@ -105,7 +105,7 @@ def noisy_labels(run: Record) -> str | None:
 def beta_too_small(run: Record) -> str | None:
     """The policy is far from its reference, and the loss still pulls."""
     margin, beta = run.curve("margin"), run.beta
-    if not beta or beta * margin.end.mean > SURE or learning_rate_too_high(run):
+    if not beta or beta * margin.end.mean > SURE or _together(run) or learning_rate_too_high(run):
         return None
     kl, sides = number(run.after.get("kl")), [run.per_token(f"log_ratio/{side}") for side in ("chosen", "rejected")]
     far = max((abs(side.end.mean) for side in sides if len(side)), default=0.0)
@@ -118,10 +118,10 @@ def beta_too_small(run: Record) -> str | None:
 
 
 def beta_too_large(run: Record) -> str | None:
-    """The loss takes the pairs as decided, and the policy has hardly moved."""
+    """The loss has what it asks for, and the policy has hardly moved."""
     margin, beta, kl = run.curve("margin"), run.beta, number(run.after.get("kl"))
     end = margin.end
-    if not beta or beta * end.mean < SURE or end.mean > HARDLY or (kl is not None and kl > HARDLY):
+    if not beta or beta * end.mean < AGREED or end.mean > HARDLY or (kl is not None and kl > HARDLY):
         return None
     told = f", the KL is {figure(kl)} nats per response" if kl is not None else ""
     return f"over {end.where} beta * margin is {figure(beta * end.mean)}, with a margin of {figure(end.mean)} nats{told}"
@@ -134,46 +134,42 @@ def learning_rate_too_high(run: Record) -> str | None:
     start, end = loss.part(0, tenth), loss.end
     if len(loss) >= FEWEST and end.mean - start.mean > max(RISEN * abs(start.mean), 2 * math.hypot(start.error, end.error)):
         return f"the training loss went from {figure(start.mean)} ({start.where}) up to {figure(end.mean)} ({end.where})"
-    usual, typical = norm.median, loss.median
     peaks = [
-        int(step)
-        for step, now, size in zip(loss.steps, loss.values, norm.values, strict=False)
-        if step > tenth and size > PEAK * usual and now > SPIKE * abs(typical)
+        int(loss.steps[n])
+        for n in range(max(BEHIND // 2, tenth), len(loss))
+        if norm.values[n] > PEAK * median(norm.values[max(0, n - BEHIND) : n])
+        and loss.values[n] > SPIKE * abs(median(loss.values[max(0, n - BEHIND) : n]))
     ]
     if len(peaks) > max(1, len(loss) // 100):
         places = ", ".join(f"{step:,}" for step in peaks[:5]) + (", ..." if len(peaks) > 5 else "")
+        behind = f"the median of the {BEHIND} steps before"
         return (
-            f"{count(len(peaks), 'steps')} ({places}) have a gradient norm over {PEAK:g} times its median of {figure(usual)}, "
-            f"and a loss over {SPIKE:g} times its median of {figure(typical)}"
+            f"in {count(len(peaks), 'steps')} ({places}) gradient norm and loss leap over {PEAK:g} and {SPIKE:g} times {behind}"
         )
     sides = [run.per_token(f"log_ratio/{side}") for side in ("chosen", "rejected")]
-    if all(len(side) >= FEWEST and side.end.mean < -COLLAPSED for side in sides):
+    if all(len(side) >= FEWEST and side.end.mean < -FAR for side in sides) and _together(run):
         lost = " and ".join(figure(-side.end.mean) for side in sides)
-        return f"over {sides[0].end.where} chosen and rejected answers lost {lost} nats per token"
+        return f"over {sides[0].end.where} chosen and rejected answers lost {lost} nats per token, and hardly parted"
     return None
 
 
 def learning_rate_too_low(run: Record) -> str | None:
     """Nothing moved."""
     sides, beta = [run.per_token(f"log_ratio/{side}") for side in ("chosen", "rejected")], run.beta
-    far = max(abs(side.end.mean) for side in sides if len(side))
+    far = max((abs(side.end.mean) for side in sides if len(side)), default=math.inf)
     if run.moving or far > UNMOVED or (beta and abs(beta * run.curve("margin").end.mean) > 0.1):
         return None
-    rate = max(run.curve("learning_rate").values, default=math.nan)
-    end = sides[0].end if len(sides[0]) else sides[1].end
-    return f"over {end.where} answers moved by {figure(far)} nats per token, with a learning rate of at most {figure(rate)}"
+    rate = figure(max(run.curve("learning_rate").values, default=math.nan))
+    return f"over {sides[0].end.where} answers moved by {figure(far)} nats per token, at a learning rate of at most {rate}"
 
 
 def accuracy_stuck(run: Record) -> str | None:
-    """Every comparison right, or every one wrong, over half of the run."""
-    accuracy = run.curve("accuracy")
-    half = accuracy.part(len(accuracy) // 2)
+    """Every comparison right, or every one wrong, on rows that training had not seen."""
+    unseen, held = _unseen(run.curve("accuracy"), run), number(run.after.get("accuracy"))
     for value in (0.0, 1.0):
-        if len(half.values) * run.batch_size >= FEWEST_STUCK and set(half.values) == {value}:
-            since = next(n for n in range(len(accuracy), 0, -1) if accuracy.values[n - 1] != value or n == 1)
-            first = accuracy.steps[since if accuracy.values[since - 1] != value else 0]
-            return f"accuracy in training is exactly {percent(value)} on every step from {plain(first)} on"
-        if number(run.after.get("accuracy")) == value and (number(run.after.get("comparisons")) or 0) >= FEWEST_STUCK:
+        if len(unseen.values) * run.batch_size >= FEWEST_STUCK and set(unseen.values) == {value}:
+            return f"accuracy is exactly {percent(value)} over {unseen.where}, on rows that were not trained on before"
+        if held == value and (number(run.after.get("comparisons")) or 0) >= FEWEST_STUCK:
             return f"held-out accuracy is exactly {percent(value)} on {plain(run.after['comparisons'])} comparisons"
     return None
 
@@ -195,10 +191,11 @@ def data_too_easy(run: Record) -> str | None:
     before, rows = number(run.before.get("logp_accuracy")), number(run.before.get("comparisons")) or 0
     if before is not None and before >= EASY and rows >= FEWEST_EASY:
         return f"{percent(before)} of {rows:,.0f} held-out comparisons were ranked right before the first step"
-    accuracy = run.curve("accuracy")
-    unseen = _unseen(accuracy, run, after=STARTED)
+    unseen = _unseen(run.curve("accuracy"), run, after=STARTED)
     rows, held = len(unseen.values) * run.batch_size, number(run.after.get("accuracy"))
     if not unseen.values or rows < FEWEST_EASY or unseen.mean < EASY or (held is not None and held < EASY):
+        return None
+    if accuracy_stuck(run):  # which says more
         return None
     told = f", and {percent(held)} of those held out" if held is not None else ""
     return f"over {unseen.where} of the first epoch {percent(unseen.mean)} of comparisons were ranked right{told}"
@@ -209,10 +206,18 @@ STARTED = 0.2  # of the first epoch: by then easy pairs are learned
 
 def _unseen(accuracy: Curve, run: Record, after: float = 0.5) -> Stretch:
     """The later part of the first epoch: its rows are measured before the only update that has seen them."""
-    first = {float(line["step"]) for line in run.lines if not number(line.get("epoch"))}
+    first = {float(line["step"]) for line in run.lines if int(number(line.get("epoch")) or 0) == 0}
     places = [n for n, step in enumerate(accuracy.steps) if step in first]
     places = places[int(after * len(places)) :]
     return Stretch(tuple(accuracy.steps[n] for n in places), tuple(accuracy.values[n] for n in places))
+
+
+def _together(run: Record) -> bool:
+    """Whether chosen and rejected answers moved alike: then it was not the pull of the pairs that moved them."""
+    sides = [run.curve(f"log_ratio/{side}") for side in ("chosen", "rejected")]
+    far = max((abs(side.end.mean) for side in sides if len(side)), default=0.0)
+    margin = run.curve("margin")
+    return far > HARDLY and len(margin) > 0 and abs(margin.end.mean) < PARTED * far
 
 
 def _moved(run: Record) -> bool:
