@@ -190,9 +190,16 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "dpo-1")
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PNG files take their second, and have a test of their own."""
+    monkeypatch.setattr("preftune.report.png.draw", lambda plot: b"")
+
+
 def page_of(run: Path) -> str:
     """The page without the PNG files, which take their second."""
-    return render(folder.read(run))
+    files = folder.read(run)
+    return render(files, curves.plots(files.metrics))
 
 
 class Page(HTMLParser):
@@ -406,13 +413,19 @@ def test_values_under_the_pointer_are_those_of_the_run(run: Path) -> None:
             assert all(chart["y"][0] <= y <= chart["y"][1] for y in drawn["y"])
 
 
+def falling(steps: int) -> list[dict[str, Any]]:
+    """A run that starts at its reference, and whose chosen answers are 40 nats less likely from the second step on."""
+    at_start = {"log_ratio/chosen": 0.0, "log_ratio/rejected": 0.0}
+    fallen = {"log_ratio/chosen": -40.0, "length/chosen": 80}
+    return [line | (fallen if line["step"] > 1 else at_start) for line in metrics(steps)]
+
+
 def test_the_diagnosis_stands_on_the_page(tmp_path: Path) -> None:
     healthy = Page(page_of(make_run(tmp_path / "healthy")))
     assert "10 patterns looked for, none found. Not judged, for want of figures: the length of answers drifts" in healthy.text
-    lines = [line | {"log_ratio/chosen": -40.0, "length/chosen": 80} if line["step"] else line for line in metrics(400)]
-    ill = Page(page_of(make_run(tmp_path / "ill", metrics=lines)))
+    ill = Page(page_of(make_run(tmp_path / "ill", metrics=falling(400))))
     for said in (
-        "10 patterns looked for, 3 found.",
+        "10 patterns looked for, 1 found.",
         "Chosen answers got less likely",
         "Over steps 321–400 the chosen answers have 0.500 nats per token less than under the reference",
         "docs/diagnosis/likelihood_displacement.md",
@@ -451,14 +464,14 @@ def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
     assert page.open == []
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert links == ["../run-1/report.html", "../run-2/report.html"]
-    settings = source[source.index('id="settings"') : source.index('id="curves"')]
+    settings = source[source.index('<section id="settings"') : source.index('<section id="curves"')]
     assert re.findall(r"<code>(.*?)</code>", settings) == ["beta"]
     assert "Key run-1 run-2 beta 0.1 0.2" in Page(settings).text
     values = values_of(source)
     assert [line["ink"] for line in values["loss"]["lines"]] == [0, 0, 1, 1]
     assert [line["x"][-1] for line in values["loss"]["lines"]] == [100, 100, 200, 200]
     assert {"rewards-chosen", "rewards-rejected", "logps-chosen", "accuracy-without-reference"} <= values.keys()
-    results = Page(source[source.index('id="results"') : source.index('id="settings"')]).text
+    results = Page(source[source.index('<section id="results"') : source.index('<section id="settings"')]).text
     assert "63.4 % 58.0–68.7 %" in results and "3.42 GB" in results and results.count("nothing") == 2
 
 
@@ -487,10 +500,10 @@ def test_a_comparison_of_damaged_runs_says_so(tmp_path: Path) -> None:
     assert "run-1: config.yaml could not be read (not a mapping)" in page.text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_verb_gives_pages_diagnosis_and_comparison(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     runs = several(tmp_path)
-    lines = [line | {"log_ratio/chosen": -40.0, "length/chosen": 80} if line["step"] else line for line in metrics(60)]
-    make_run(runs[1], metrics=lines)
+    make_run(runs[1], metrics=falling(60))
     caplog.set_level("INFO", logger="preftune")
     told = verb.run([*map(str, runs), str(runs[0])], True)
     assert told["reports"] == [str(run / "report.html") for run in runs]
@@ -706,6 +719,6 @@ def test_a_demo_of_several_betas_leads_to_the_page_of_each(tmp_path: Path) -> No
         (tmp_path / "demo.json").write_text(json.dumps(demo(betas)))
         files = folder.read(tmp_path)
         assert len(files.remarks) == said
-        page = render(files)
+        page = render(files, [])
         assert page.count('href="beta-') == (betas if betas > 1 else 0)
-    assert 'href="beta-0.05/report.html"' in render(folder.RunFiles(tmp_path, demo=demo(3)))
+    assert 'href="beta-0.05/report.html"' in render(folder.RunFiles(tmp_path, demo=demo(3)), [])

@@ -21,8 +21,9 @@ def write(run: Path) -> Path:
     Whatever the folder lacks is said on the page. The page needs no network, and its one script is in it.
     """
     files = folder.read(run)
-    page = render(files)
-    plots = _plots(files)
+    drawn, frontier = curves.plots(files.metrics), curves.reward_kl(files.demo)
+    page = render(files, drawn)
+    plots = [*drawn, *([frontier] if frontier else [])]
     if plots:
         (run / "plots").mkdir(exist_ok=True)
     for plot in plots:
@@ -41,9 +42,9 @@ def findings(run: Path) -> tuple[Finding, ...]:
     return diagnose(folder.read(run)).findings
 
 
-def render(files: folder.RunFiles) -> str:
-    """The page as text."""
-    drawn, held_out = curves.plots(files.metrics), tables.held_out(files.evaluation)
+def render(files: folder.RunFiles, drawn: list[curves.Plot]) -> str:
+    """The page as text; `drawn` are the run's curves."""
+    held_out = tables.held_out(files.evaluation)
     if held_out and (length := tables.answer_length(files.samples)):
         held_out.append(length)
     columns, rows = tables.demo_table(files.demo)
@@ -107,11 +108,6 @@ def _code(text: str) -> Any:
 def _nobreak(text: str) -> str:
     """Keeps a figure and its unit on one line."""
     return re.sub(r"(?<=\d) (?=%|nats\b)", "\N{NO-BREAK SPACE}", text)
-
-
-def _plots(files: folder.RunFiles) -> list[curves.Plot]:
-    frontier = curves.reward_kl(files.demo)
-    return [*curves.plots(files.metrics), *([frontier] if frontier else [])]
 
 
 def _method(files: folder.RunFiles) -> str:

@@ -89,9 +89,16 @@ class Record:
         before, after = (mapping(files.evaluation.get(side)) for side in ("before", "after"))
         return cls(lines, before, after, files.samples, files.settings)
 
+    @cached_property
+    def _known(self) -> dict[str, Curve]:
+        return {}
+
     def curve(self, key: str) -> Curve:
-        found = [(float(line["step"]), value) for line in self.lines if (value := number(line.get(key))) is not None]
-        return Curve(tuple(step for step, _ in found), tuple(value for _, value in found))
+        """The finite values of a metric; several rules read the same one."""
+        if key not in self._known:
+            found = [(float(line["step"]), value) for line in self.lines if (value := number(line.get(key))) is not None]
+            self._known[key] = Curve(tuple(step for step, _ in found), tuple(value for _, value in found))
+        return self._known[key]
 
     def has(self, need: str) -> bool:
         """Whether there is enough of a metric; `first.NAME`: in the first step; `before.NAME`, `after.NAME`: a held-out figure;
@@ -125,10 +132,8 @@ class Record:
 
     def per_token(self, key: str) -> Curve:
         """`NAME/SIDE` divided by the length of that side, step by step: nats per token."""
-        length = f"length/{key.partition('/')[2]}"
-        found = [
-            (float(line["step"]), value / tokens)
-            for line in self.lines
-            if (value := number(line.get(key))) is not None and (tokens := number(line.get(length)))
-        ]
-        return Curve(tuple(step for step, _ in found), tuple(value for _, value in found))
+        curve, length = self.curve(key), self.curve(f"length/{key.partition('/')[2]}")
+        tokens = dict(zip(length.steps, length.values, strict=True))
+        steps = tuple(step for step in curve.steps if tokens.get(step))
+        values = tuple(value / tokens[step] for step, value in zip(curve.steps, curve.values, strict=True) if tokens.get(step))
+        return Curve(steps, values)
