@@ -284,7 +284,9 @@ def test_what_cannot_be_judged_is_said(healthy: RunFiles) -> None:
     assert told.unjudged == (("The length of answers drifts", "fewer than 8 sampled answers with their lengths"),)
     assert told.said == "10 patterns looked for, none found."
     short = diagnose(replace(healthy, metrics=healthy.metrics[:9]))
-    assert not short.findings and dict(short.unjudged)["Learning rate too high"] == "no loss, grad_norm on 10 steps"
+    assert not short.findings and dict(short.unjudged)["Learning rate too high"] == "no loss and grad_norm on 10 steps or more"
+    assert dict(short.unjudged)["Chosen answers got less likely"] == "no logp/chosen and length/chosen on 10 steps or more"
+    assert diagnose(RunFiles(Path("none"))).unjudged[0][1] == "no log_ratio/chosen at step 1"
     assert len(diagnose(RunFiles(Path("none"))).unjudged) == len(RULES)
 
 

@@ -422,7 +422,10 @@ def falling(steps: int) -> list[dict[str, Any]]:
 
 def test_the_diagnosis_stands_on_the_page(tmp_path: Path) -> None:
     healthy = Page(page_of(make_run(tmp_path / "healthy")))
-    assert "10 patterns looked for, none found. Not judged, for want of figures: the length of answers drifts" in healthy.text
+    assert (
+        "10 patterns looked for, none found. 1 not judged, for want of figures The length of answers drifts: fewer"
+        in healthy.text
+    )
     ill = Page(page_of(make_run(tmp_path / "ill", metrics=falling(400))))
     for said in (
         "10 patterns looked for, 1 found.",

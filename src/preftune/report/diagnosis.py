@@ -176,5 +176,11 @@ def _lacks(rule: Rule, run: Record) -> str:
     missing = [name for name in rule.needs[0].split() if not run.has(name)]
     if missing == ["samples"]:
         return f"fewer than {FEWEST_ANSWERS} sampled answers with their lengths"
-    few = f" on {count(FEWEST, 'steps')}" if any("." not in name for name in missing) else ""
-    return f"no {', '.join(missing)}{few}"
+    figures = [f"{name} {WHEN[side]}" for side, _, name in (one.partition(".") for one in missing) if name]
+    curves = [name for name in missing if "." not in name]
+    if curves:
+        figures.append(f"{' and '.join(curves)} on {count(FEWEST, 'steps')} or more")
+    return f"no {', no '.join(figures)}"
+
+
+WHEN = {"first": "at step 1", "before": "before training", "after": "after training"}
