@@ -434,6 +434,11 @@ def test_the_diagnosis_stands_on_the_page(tmp_path: Path) -> None:
         "docs/diagnosis/likelihood_displacement.md",
     ):
         assert said in ill.text, said
+    kept = make_run(tmp_path / "kept", evaluation={**EVALUATION, "kept_step": 250})
+    assert (
+        "none found. The weights kept are those of step 250; curves go on to step 400, and so does" in Page(page_of(kept)).text
+    )
+    assert "The weights kept" not in healthy.text
     assert "Diagnosis" not in Page(page_of(make_run(tmp_path / "bare", metrics=[]))).text
 
 

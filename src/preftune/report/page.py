@@ -59,6 +59,7 @@ def render(files: folder.RunFiles, drawn: list[curves.Plot]) -> str:
         demo_rows=rows,
         reward_kl=curves.reward_kl(files.demo),
         diagnosis=diagnose(files) if drawn else None,
+        kept=_kept(files),
         values=svg.values(drawn),
         tiles=tables.tiles(files),
         held_out=held_out,
@@ -108,6 +109,17 @@ def _code(text: str) -> Any:
 def _nobreak(text: str) -> str:
     """Keeps a figure and its unit on one line."""
     return re.sub(r"(?<=\d) (?=%|nats\b)", "\N{NO-BREAK SPACE}", text)
+
+
+def _kept(files: folder.RunFiles) -> str:
+    """Whose weights the run ended with, where that is not the last step: curves and what is found in them go on beyond it."""
+    kept, steps = folder.number(files.evaluation.get("kept_step")), [line.get("step") for line in files.metrics]
+    last = folder.number(steps[-1]) if steps else None
+    if kept is None or last is None or kept == last:
+        return ""
+    return (
+        f"The weights kept are those of step {kept:,.0f}; curves go on to step {last:,.0f}, and so does what is found in them."
+    )
 
 
 def _method(files: folder.RunFiles) -> str:
