@@ -99,7 +99,7 @@ def test_train_leaves_the_run_folder_of_the_contract(place: Path) -> None:
     evaluation = json.loads((done / "evaluation.json").read_text())
     assert set(evaluation["before"]) == set(evaluation["after"]) == EVALUATED
     assert evaluation["after"]["kl"] > 0
-    assert set(lines(done / "samples.jsonl")[0]) == {"prompt", "before", "after", "chosen"}
+    assert set(lines(done / "samples.jsonl")[0]) == {"prompt", "before", "after", "chosen", "tokens_before", "tokens_after"}
 
 
 def test_the_model_of_a_run_loads_in_transformers(place: Path) -> None:
@@ -121,7 +121,7 @@ def test_config_yaml_holds_absolute_paths(place: Path) -> None:
 
 def test_a_rerun_gives_the_same_numbers(preftune_: Any, no_report: None) -> None:
     answer = preftune_("train", "done/config.yaml", "out=again", "--json", "--quiet")
-    assert set(answer.json) == {"out", "method", "before", "after"}
+    assert set(answer.json) == {"out", "method", "before", "after", "diagnosis"}
     assert (answer.code, answer.json["out"], answer.json["method"], answer.err) == (0, "again", "dpo", "")
     assert numbers("again/metrics.jsonl") == numbers("done/metrics.jsonl")
     assert lines("again/samples.jsonl") == lines("done/samples.jsonl")
@@ -177,6 +177,12 @@ def test_what_is_chosen_for_the_user_is_said(preftune_: Any, no_report: None) ->
     (out,) = Path("runs").iterdir()
     assert re.fullmatch(r"dpo-\d{4}-\d\d-\d\d-1", out.name)
     assert f"run: {Path('runs') / out.name}" in answer.err
+
+
+def test_the_end_of_a_run_says_what_is_wrong_with_it(preftune_: Any, no_report: None) -> None:
+    answer = preftune_(*TRAIN, "reference=b", "steps=1", "out=against")
+    assert "diagnosis: The reference is not where the policy starts: at step 1" in answer.err
+    assert "docs/diagnosis/reference_mismatch.md" in answer.err
 
 
 def test_overwrite_moves_the_old_run_aside(preftune_: Any, no_report: None) -> None:
@@ -570,7 +576,7 @@ def test_chat_speaks_the_template_that_is_named(preftune_: Any, monkeypatch: pyt
 def test_report_writes_the_page_again(preftune_: Any) -> None:
     Path("done/report.html").unlink()
     answer = preftune_("report", "done", "--json")
-    assert answer.json == {"reports": ["done/report.html"]}
+    assert answer.json == {"reports": ["done/report.html"], "diagnosis": {"done": []}}
     assert "<html" in Path("done/report.html").read_text()
 
 

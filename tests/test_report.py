@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import random
@@ -15,7 +17,9 @@ from typing import Any
 import pytest
 
 from preftune import report
-from preftune.report import curves, folder, svg, tables, words
+from preftune.cli import report as verb
+from preftune.errors import Refusal
+from preftune.report import compare, curves, folder, svg, tables, words
 from preftune.report.page import render
 from preftune.report.verdicts import demo_sentence, run_sentence
 
@@ -171,7 +175,8 @@ def make_run(run: Path, steps: int = 400, **changed: Any) -> Path:
         "config.yaml": CONFIG,
     }
     for name in changed:
-        content[{"metrics": "metrics.jsonl", "samples": "samples.jsonl"}.get(name, f"{name}.json")] = changed[name]
+        named = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "config": "config.yaml"}
+        content[named.get(name, f"{name}.json")] = changed[name]
     for name, value in content.items():
         if value is not None:
             lines = isinstance(value, list)
@@ -185,9 +190,16 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "dpo-1")
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PNG files take their second, and have a test of their own."""
+    monkeypatch.setattr("preftune.report.png.draw", lambda plot: b"")
+
+
 def page_of(run: Path) -> str:
     """The page without the PNG files, which take their second."""
-    return render(folder.read(run))
+    files = folder.read(run)
+    return render(files, curves.plots(files.metrics))
 
 
 class Page(HTMLParser):
@@ -213,7 +225,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] not in (["style"], ["script"]):
             self.words.append(data)
 
 
@@ -253,7 +265,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", data=evil, environment={HOSTILE: HOSTILE}, config=HOSTILE, demo=hostile_demo)
     page = Page(page_of(run))
     assert page.open == []
-    assert not {"script", "img", "iframe", "object", "link"} & {tag for tag, _ in page.tags}
+    assert not {"img", "iframe", "object", "link"} & {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags].count("script") == 2  # the values and the page's own, which is named by its hash
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.words.count(HOSTILE) >= 3  # as it was written, spaces and all: prompt, answer, finding
 
@@ -364,6 +377,173 @@ def test_long_run_makes_a_small_page(tmp_path: Path) -> None:
     page = report.write(run)
     assert page.stat().st_size < 3_000_000
     assert "cut after 6,000 of 100,000 characters" in page.read_text(encoding="utf-8")
+
+
+def values_of(source: str) -> dict[str, Any]:
+    """What the script finds under the pointer."""
+    found = re.search(r'<script type="application/json" id="values">(.*?)</script>', source, flags=re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_the_page_runs_its_own_script_and_no_other(run: Path) -> None:
+    source = page_of(run)
+    (script,) = re.findall(r"<script>(.*?)</script>", source, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', source)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert "fetch(" not in script and "http" not in script.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_values_under_the_pointer_are_those_of_the_run(run: Path) -> None:
+    lines = metrics(400)
+    source = page_of(run)
+    values = values_of(source)
+    assert values.keys() == set(re.findall(r'data-chart="(\w+)"', source)) == {chart.name for chart in curves.CHARTS}
+    held_out = values["accuracy"]["lines"][1]
+    assert held_out["x"] == [0, *range(50, 401, 50)]
+    assert held_out["y"] == pytest.approx([line["eval/accuracy"] for line in lines if "eval/accuracy" in line], rel=1e-4)
+    for name, chart in values.items():
+        legend = re.search(rf'data-chart="{name}".*?<ul class="legend">(.*?)</ul>', source, flags=re.DOTALL)
+        assert legend and len(re.findall(r"<b>", legend[1])) == len(chart["lines"])
+        for drawn in chart["lines"]:
+            assert len(drawn["x"]) == len(drawn["y"]) <= curves.MAX_POINTS + 3
+            assert drawn["x"] == sorted(drawn["x"])
+            assert chart["x"][0] <= drawn["x"][0] and drawn["x"][-1] <= chart["x"][1]
+            assert all(chart["y"][0] <= y <= chart["y"][1] for y in drawn["y"])
+
+
+def falling(steps: int) -> list[dict[str, Any]]:
+    """A run that starts at its reference, and whose chosen answers are 40 nats less likely from the second step on."""
+    at_start = {"log_ratio/chosen": 0.0, "log_ratio/rejected": 0.0}
+    fallen = {"log_ratio/chosen": -40.0, "length/chosen": 80}
+    return [line | (fallen if line["step"] > 1 else at_start) for line in metrics(steps)]
+
+
+def test_the_diagnosis_stands_on_the_page(tmp_path: Path) -> None:
+    healthy = Page(page_of(make_run(tmp_path / "healthy")))
+    assert (
+        "10 patterns looked for, none found. 1 not judged, for want of figures The length of answers drifts: fewer"
+        in healthy.text
+    )
+    ill = Page(page_of(make_run(tmp_path / "ill", metrics=falling(400))))
+    for said in (
+        "10 patterns looked for, 1 found.",
+        "Chosen answers got less likely",
+        "Over steps 321–400 the chosen answers have 0.500 nats per token less than under the reference",
+        "docs/diagnosis/likelihood_displacement.md",
+    ):
+        assert said in ill.text, said
+    kept = make_run(tmp_path / "kept", evaluation={**EVALUATION, "kept_step": 250})
+    assert (
+        "none found. The weights kept are those of step 250; curves go on to step 400, and so does" in Page(page_of(kept)).text
+    )
+    assert "The weights kept" not in healthy.text
+    assert "Diagnosis" not in Page(page_of(make_run(tmp_path / "bare", metrics=[]))).text
+
+
+def test_answers_say_by_how_much_they_changed(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "before": "one two three four", "after": "one two", "tokens_before": 4, "tokens_after": 2},
+        {"prompt": "b", "before": "same", "after": "same", "tokens_before": 1, "tokens_after": 1},
+        {"prompt": "c", "before": "no lengths", "after": "here at all"},
+    ]
+    page = Page(page_of(make_run(tmp_path / "run", samples=rows)))
+    found = [a for tag, a in page.tags if tag == "article" and a.get("class") == "card sample"]
+    assert [(a["data-changed"], a["data-longer"]) for a in found] == [("0.333", "-2.0"), ("0.0", "0.0"), ("1.0", "1")]
+    assert "4 to 2 tokens, 33.3 % of the words changed" in page.text
+    assert "Answer length tokens, mean of 2 sampled answers 2.50 1.50 −1.00" in page.text
+
+
+# -- several runs -----------------------------------------------------------------------------------------------------------
+
+
+def several(folder: Path, count: int = 2) -> list[Path]:
+    """Runs with betas 0.1, 0.2, ... of 100, 200, ... steps."""
+    configs = [CONFIG.replace("beta: 0.1", f"beta: 0.{n}") + f"out: run-{n}\n" for n in range(1, count + 1)]
+    return [make_run(folder / f"run-{n}", steps=100 * n, config=text) for n, text in enumerate(configs, start=1)]
+
+
+def test_runs_are_compared_on_one_page(tmp_path: Path) -> None:
+    runs = several(tmp_path)
+    (tmp_path / "pages").mkdir()
+    source = compare.write(runs, tmp_path / "pages/both.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert page.open == []
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links == ["../run-1/report.html", "../run-2/report.html"]
+    settings = source[source.index('<section id="settings"') : source.index('<section id="curves"')]
+    assert re.findall(r"<code>(.*?)</code>", settings) == ["beta"]
+    assert "Key run-1 run-2 beta 0.1 0.2" in Page(settings).text
+    values = values_of(source)
+    assert [line["ink"] for line in values["loss"]["lines"]] == [0, 0, 1, 1]
+    assert [line["x"][-1] for line in values["loss"]["lines"]] == [100, 100, 200, 200]
+    assert {"rewards-chosen", "rewards-rejected", "logps-chosen", "accuracy-without-reference"} <= values.keys()
+    results = Page(source[source.index('<section id="results"') : source.index('<section id="settings"')]).text
+    assert "63.4 % 58.0–68.7 %" in results and "3.42 GB" in results and results.count("nothing") == 2
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    assert compare._names(paths) == ["a/run", "b/run"]
+    assert compare._names([paths[0], tmp_path / "b" / "other"]) == ["run", "other"]
+
+
+def test_settings_that_differ_are_found_below_their_groups() -> None:
+    rows = compare.differing(
+        [
+            {"train": {"seed": 1, "same": [1]}, "out": "a", "gone": None},
+            {"train": {"seed": 2, "same": [1]}, "out": "b", "new": 3},
+        ]
+    )
+    assert rows == [("train.seed", ["1", "2"]), ("new", ["–", "3"])]
+
+
+def test_a_comparison_of_damaged_runs_says_so(tmp_path: Path) -> None:
+    runs = several(tmp_path)
+    (runs[1] / "metrics.jsonl").write_text("{torn")
+    (runs[0] / "config.yaml").write_text("[1, 2]")
+    page = Page(compare.render([folder.read(run) for run in runs], tmp_path))
+    assert "run-2: metrics.jsonl: unreadable and left out: line 1" in page.text
+    assert "run-1: config.yaml could not be read (not a mapping)" in page.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_verb_gives_pages_diagnosis_and_comparison(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs = several(tmp_path)
+    make_run(runs[1], metrics=falling(60))
+    caplog.set_level("INFO", logger="preftune")
+    told = verb.run([*map(str, runs), str(runs[0])], True)
+    assert told["reports"] == [str(run / "report.html") for run in runs]
+    assert Path(told["comparison"]) == tmp_path / "comparison.html" and (tmp_path / "comparison.html").is_file()
+    assert told["diagnosis"][str(runs[0])] == []
+    (found,) = (f for f in told["diagnosis"][str(runs[1])] if f["name"] == "likelihood_displacement")
+    assert found.keys() == {"name", "title", "evidence", "threshold", "change", "page"}
+    assert any(message.startswith("diagnosis: Chosen answers got less likely: over steps") for message in caplog.messages)
+    assert "comparison" not in verb.run([str(runs[0])], False)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run-1", "out=a.html"], "one run is given"),
+        (["run-1", "run-2", "out=a.pdf"], "name a .html file"),
+        ([f"run-{n}" for n in range(1, 10)], "9 runs: a comparison shows 8 at most"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused(
+    tmp_path: Path, words: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(1, 10):
+        (tmp_path / f"run-{n}").mkdir()
+        (tmp_path / f"run-{n}" / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match=re.escape(says)):
+        verb.run(words, False)
+    assert not list(tmp_path.rglob("*.html"))
+
+
+# -- a demo -----------------------------------------------------------------------------------------------------------------
 
 
 def test_demo_opens_with_its_verdict(tmp_path: Path) -> None:
@@ -555,6 +735,6 @@ def test_a_demo_of_several_betas_leads_to_the_page_of_each(tmp_path: Path) -> No
         (tmp_path / "demo.json").write_text(json.dumps(demo(betas)))
         files = folder.read(tmp_path)
         assert len(files.remarks) == said
-        page = render(files)
+        page = render(files, [])
         assert page.count('href="beta-') == (betas if betas > 1 else 0)
-    assert 'href="beta-0.05/report.html"' in render(folder.RunFiles(tmp_path, demo=demo(3)))
+    assert 'href="beta-0.05/report.html"' in render(folder.RunFiles(tmp_path, demo=demo(3)), [])

@@ -50,7 +50,7 @@ VERBS = {
     "chat": "Talk to a model or a run.",
     "convert": "Write data as another format, and say what that cannot hold: convert IN OUT to=FORMAT",
     "merge": "Fold an adapter run into a plain model: merge RUN out=DIR.",
-    "report": "Write the report of runs again: report RUN ...",
+    "report": "Write the report of runs again, and compare several on one page: report RUN ... [out=PAGE.html]",
     "demo": "The controlled-sentiment experiment, from the packaged model to a verdict.",
 }
 

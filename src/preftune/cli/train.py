@@ -8,6 +8,7 @@ from typing import Any
 
 from preftune import processes
 from preftune.cli.console import Watch
+from preftune.cli.report import say_findings
 from preftune.config import TrainKeys, resolve
 from preftune.errors import Refusal
 from preftune.runs.resume import is_resume, keys_of
@@ -33,5 +34,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     if processes.number():  # the first one says it
         return {}
     log.info(verdict(result.out))
+    found = say_findings(result.out)
     log.info(f"run: {result.out}  (report.html, model/, metrics.jsonl)")
-    return {"out": str(result.out), "method": result.method, "before": result.before, "after": result.after}
+    told = {"out": str(result.out), "method": result.method, "before": result.before, "after": result.after}
+    return told | {"diagnosis": [finding.as_dict() for finding in found]}

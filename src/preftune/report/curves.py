@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Literal
 
 from preftune.report.folder import Json, mapping, number, objects, pair
@@ -16,9 +17,10 @@ Kind = Literal["line", "dots"]  # training steps are lines; held-out values are 
 MAX_POINTS = 600  # per line: more than a screen shows, few enough for a page that opens at once
 SMOOTH_FROM = 60  # fewer steps than this are readable as they are
 
-# Inks by number, for light and for dark ground: chosen, rejected, a third, text.
-LIGHT = ("#2a66c4", "#c9601a", "#2b8a68", "#4a4f57")
-DARK = ("#79a8f2", "#ec9a5c", "#63c29d", "#b4bac3")
+# Inks by number, for light and for dark ground: chosen, rejected, a third, text; then more, for runs beside each other.
+LIGHT = ("#2a66c4", "#c9601a", "#2b8a68", "#4a4f57", "#8a4fb8", "#b8860b", "#c23a6b", "#1f8fa3")
+DARK = ("#79a8f2", "#ec9a5c", "#63c29d", "#b4bac3", "#bd93e6", "#d9b44a", "#ef86ab", "#6bc7d8")
+OF_RUNS = (0, 1, 2, 4, 5, 6, 7, 3)  # in this order, so that neighbours differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Series:
     label: str
     ink: int
     kind: Kind = "line"
+    part: str = ""  # series of one part stand in one chart where runs are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +46,10 @@ class Chart:
 
 def _two_sides(key: str) -> tuple[Series, ...]:
     return (
-        Series(f"{key}/chosen", "chosen", 0),
-        Series(f"{key}/rejected", "rejected", 1),
-        Series(f"eval/{key}/chosen", "chosen, held out", 0, "dots"),
-        Series(f"eval/{key}/rejected", "rejected, held out", 1, "dots"),
+        Series(f"{key}/chosen", "chosen", 0, part="chosen"),
+        Series(f"{key}/rejected", "rejected", 1, part="rejected"),
+        Series(f"eval/{key}/chosen", "chosen, held out", 0, "dots", "chosen"),
+        Series(f"eval/{key}/rejected", "rejected, held out", 1, "dots", "rejected"),
     )
 
 
@@ -64,7 +67,7 @@ CHARTS = (
         (
             Series("accuracy", "training", 0),
             Series("eval/accuracy", "held out", 1, "dots"),
-            Series("eval/logp_accuracy", "held out, without reference", 2, "dots"),
+            Series("eval/logp_accuracy", "held out, without reference", 2, "dots", "without reference"),
         ),
         share=True,
         level=0.5,
@@ -85,7 +88,9 @@ CHARTS = (
         _two_sides("length"),
     ),
     Chart("grad_norm", "Gradient norm", "before clipping", (Series("grad_norm", "training", 0),)),
+    Chart("learning_rate", "Learning rate", "of each step", (Series("learning_rate", "training", 0),)),
     Chart("throughput", "Throughput", "tokens per second", (Series("tokens_per_s", "training", 0),)),
+    Chart("memory", "Memory", "peak so far, GB", (Series("memory_gb", "training", 0),)),
 )
 
 
@@ -161,14 +166,36 @@ def plots(metrics: Sequence[Json]) -> list[Plot]:
             points = points_of(metrics, series.key)
             if all(y is None for _, y in points):
                 continue
-            smooth = series.kind == "line" and window > 1
-            if smooth:
+            if series.kind == "line" and window > 1:
                 traces.append(Trace(series.label, series.ink, series.kind, downsample(points), faint=True))
                 points = running_mean(points, window)
             traces.append(Trace(series.label, series.ink, series.kind, downsample(points)))
         if traces:
             traces.sort(key=lambda trace: not trace.faint)  # no raw line may cover another's mean
             found.append(Plot(chart.name, chart.title, chart.caption, tuple(traces), share=chart.share, level=chart.level))
+    return found
+
+
+def compared(runs: Sequence[tuple[str, Sequence[Json]]]) -> list[Plot]:
+    """The charts of several runs, (name, metrics): an ink for each run, a chart for each side, means without the raw lines."""
+    found: list[Plot] = []
+    for chart in CHARTS:
+        for part in dict.fromkeys(series.part for series in chart.series):
+            traces: list[Trace] = []
+            for ink, (name, metrics) in zip(cycle(OF_RUNS), runs, strict=False):
+                for series in (series for series in chart.series if series.part == part):
+                    points = points_of(metrics, series.key)
+                    if all(y is None for _, y in points):
+                        continue
+                    if series.kind == "line":
+                        points = running_mean(points, smoothing(metrics))
+                    label = f"{name}, held out" if series.kind == "dots" else name
+                    traces.append(Trace(label, ink, series.kind, downsample(points)))
+            if traces:
+                name, title = (
+                    (f"{chart.name}-{part}".replace(" ", "-"), f"{chart.title}, {part}") if part else (chart.name, chart.title)
+                )
+                found.append(Plot(name, title, chart.caption, tuple(traces), share=chart.share, level=chart.level))
     return found
 
 

@@ -29,6 +29,7 @@ class RunFiles:
 
     path: Path
     config: str = ""
+    settings: Json = field(default_factory=dict[str, Any])  # config.yaml, read
     metrics: list[Json] = field(default_factory=list[Json])
     evaluation: Json = field(default_factory=dict[str, Any])
     data: Json = field(default_factory=dict[str, Any])
@@ -66,6 +67,7 @@ def read(run: Path) -> RunFiles:
     files.samples = lines("samples.jsonl")
     files.environment = take("environment.json", _json_object, {})
     files.config = take("config.yaml", str, "")
+    files.settings = take("config.yaml", _settings, {}) if files.config else {}
     return files
 
 
@@ -105,6 +107,19 @@ def _json_object(text: str) -> Json:
     found: object = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
+    return cast(Json, found)
+
+
+def _settings(text: str) -> Json:
+    """A resolved config, which preftune itself wrote."""
+    from ruamel.yaml import YAML, YAMLError  # here, since importing preftune.report must cost nothing
+
+    try:
+        found: object = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise ValueError("not YAML") from error
+    if not isinstance(found, dict):
+        raise ValueError("not a mapping")
     return cast(Json, found)
 
 

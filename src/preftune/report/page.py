@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from preftune.report import curves, folder, png, svg, tables, verdicts
+from preftune.report.diagnosis import Finding, diagnose
 
 
 def write(run: Path) -> Path:
     """Writes `report.html` and `plots/*.png` into the run folder and returns the page's path.
 
-    Whatever the folder lacks is said on the page. The page needs no network and no script.
+    Whatever the folder lacks is said on the page. The page needs no network, and its one script is in it.
     """
     files = folder.read(run)
-    page = render(files)
-    plots = _plots(files)
+    drawn, frontier = curves.plots(files.metrics), curves.reward_kl(files.demo)
+    page = render(files, drawn)
+    plots = [*drawn, *([frontier] if frontier else [])]
     if plots:
         (run / "plots").mkdir(exist_ok=True)
     for plot in plots:
@@ -31,20 +37,30 @@ def verdict(run: Path) -> str:
     return verdicts.sentence(folder.read(run))
 
 
-def render(files: folder.RunFiles) -> str:
-    """The page as text."""
-    drawn, held_out = curves.plots(files.metrics), tables.held_out(files.evaluation)
+def findings(run: Path) -> tuple[Finding, ...]:
+    """What the report says is wrong with the run, for the terminal and for programs."""
+    return diagnose(folder.read(run)).findings
+
+
+def render(files: folder.RunFiles, drawn: list[curves.Plot]) -> str:
+    """The page as text; `drawn` are the run's curves."""
+    held_out = tables.held_out(files.evaluation)
+    if held_out and (length := tables.answer_length(files.samples)):
+        held_out.append(length)
     columns, rows = tables.demo_table(files.demo)
     return filled(
         "page.html",
         name=files.path.resolve().name,
-        model=_setting(files.config, "model"),
+        model=str(files.settings.get("model") or ""),
         method=_method(files),
         verdict=verdicts.sentence(files),
         remarks=[*files.remarks, *curves.not_finite(files.metrics)],
         demo_columns=columns,
         demo_rows=rows,
         reward_kl=curves.reward_kl(files.demo),
+        diagnosis=diagnose(files) if drawn else None,
+        kept=_kept(files),
+        values=svg.values(drawn),
         tiles=tables.tiles(files),
         held_out=held_out,
         intervals=any(row.before[1] or row.after[1] for row in held_out),
@@ -70,9 +86,24 @@ def filled(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["svg"] = svg.draw
-    environment.filters["nobreak"] = _nobreak
-    return environment.get_template(template).render(inks=list(zip(curves.LIGHT, curves.DARK, strict=True)), **values)
+    environment.filters |= {"svg": svg.draw, "nobreak": _nobreak, "code": _code}
+    script, script_hash = _script()
+    shared = {"inks": list(zip(curves.LIGHT, curves.DARK, strict=True)), "page_js": script, "page_js_hash": script_hash}
+    return environment.get_template(template).render(**shared, **values)
+
+
+@cache
+def _script() -> tuple[str, str]:
+    """The page's script, and its hash, by which the page's own policy lets it run and no other."""
+    text = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    return text, "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _code(text: str) -> Any:
+    """Escaped, with what stands between backticks as code."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)))
 
 
 def _nobreak(text: str) -> str:
@@ -80,9 +111,15 @@ def _nobreak(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%|nats\b)", "\N{NO-BREAK SPACE}", text)
 
 
-def _plots(files: folder.RunFiles) -> list[curves.Plot]:
-    frontier = curves.reward_kl(files.demo)
-    return [*curves.plots(files.metrics), *([frontier] if frontier else [])]
+def _kept(files: folder.RunFiles) -> str:
+    """Whose weights the run ended with, where that is not the last step: curves and what is found in them go on beyond it."""
+    kept, steps = folder.number(files.evaluation.get("kept_step")), [line.get("step") for line in files.metrics]
+    last = folder.number(steps[-1]) if steps else None
+    if kept is None or last is None or kept == last:
+        return ""
+    return (
+        f"The weights kept are those of step {kept:,.0f}; curves go on to step {last:,.0f}, and so does what is found in them."
+    )
 
 
 def _method(files: folder.RunFiles) -> str:
@@ -91,12 +128,6 @@ def _method(files: folder.RunFiles) -> str:
         if isinstance(name, str):
             return name
     return ""
-
-
-def _setting(config: str, key: str) -> str:
-    """A top-level scalar of the resolved config, which preftune itself wrote one to a line."""
-    found = re.search(rf"^{key}:[ ]*(\S.*)$", config, flags=re.MULTILINE)
-    return found.group(1).strip("'\" ") if found else ""
 
 
 def put(path: Path, content: bytes) -> None:

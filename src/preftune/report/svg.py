@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from preftune.report.curves import Axis, Plot, Point, Trace
 from preftune.report.words import figure, percent, plain
@@ -13,9 +16,7 @@ TOP, RIGHT, BOTTOM = 8, 18, 36
 
 def draw(plot: Plot) -> str:
     """The `<svg>` of a plot: grid, ticks, lines, dots; with a title and a description for those who cannot see it."""
-    x_axis, y_axis = plot.x_axis, plot.y_axis
-    left = 16 + 6.2 * max((len(text) for _, text in y_axis.ticks), default=1)
-    frame = _Frame(left, x_axis, y_axis)
+    frame = _frame(plot)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{plot.name}-title {plot.name}-desc">',
         f'<title id="{plot.name}-title">{escape(plot.title)}</title>',
@@ -25,6 +26,27 @@ def draw(plot: Plot) -> str:
         "</svg>",
     ]
     return "".join(parts)
+
+
+def values(plots: Sequence[Plot]) -> str:
+    """What page.js shows under the pointer, as JSON: of each chart over steps its frame, its ranges, and to five digits the
+    points of each line of its legend."""
+    charts = {plot.name: _values(plot) for plot in plots if plot.x_label == "step"}
+    return json.dumps(charts, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _values(plot: Plot) -> dict[str, Any]:
+    frame = _frame(plot)
+    drawn = [(trace.ink, [(x, y) for x, y in trace.points if y is not None]) for trace, _ in plot.legend]
+    return {
+        "frame": [round(frame.left, 1), TOP, WIDTH - RIGHT, HEIGHT - BOTTOM],
+        "x": [frame.x_axis.low, frame.x_axis.high],
+        "y": [frame.y_axis.low, frame.y_axis.high],
+        "share": plot.share,
+        "lines": [
+            {"ink": ink, "x": [int(x) for x, _ in points], "y": [float(f"{y:.5g}") for _, y in points]} for ink, points in drawn
+        ],
+    }
 
 
 def describe(plot: Plot) -> str:
@@ -52,6 +74,12 @@ class _Frame:
     def y(self, value: float) -> float:
         share = (value - self.y_axis.low) / (self.y_axis.high - self.y_axis.low)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
+
+
+def _frame(plot: Plot) -> _Frame:
+    """The left edge leaves room for the longest tick."""
+    y_axis = plot.y_axis
+    return _Frame(16 + 6.2 * max((len(text) for _, text in y_axis.ticks), default=1), plot.x_axis, y_axis)
 
 
 def _grid(plot: Plot, frame: _Frame) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import PurePath
 from statistics import median
 from typing import Any, cast
@@ -109,6 +110,17 @@ def held_out(evaluation: Json) -> list[Row]:
         cells = [(show[share](side.get(key)), interval(side.get(f"{key}_interval"), share=share)) for side in (before, after)]
         rows.append(Row(measure.label, unit, cells[0], cells[1], change(before.get(key), after.get(key), share=share)))
     return rows
+
+
+def answer_length(samples: list[Json]) -> Row | None:
+    """The mean length of the model's own answers, where it was kept."""
+    lengths = [(number(row.get("tokens_before")), number(row.get("tokens_after"))) for row in samples]
+    both = [(before, after) for before, after in lengths if before is not None and after is not None]
+    if not both:
+        return None
+    before, after = (sum(side) / len(both) for side in zip(*both, strict=True))
+    unit = f"tokens, mean of {count(len(both), 'sampled answers')}"
+    return Row("Answer length", unit, (figure(before), ""), (figure(after), ""), change(before, after))
 
 
 def held_out_size(evaluation: Json) -> str:
@@ -232,8 +244,14 @@ MAX_SAMPLES, MAX_TEXT = 20, 6000  # answers, and characters of each text
 
 @dataclass(frozen=True, slots=True)
 class Sample:
+    """changed: share of the words that differ. longer: by how much the answer got longer, in tokens where they are known, else
+    in characters."""
+
     prompt: str
     answers: list[tuple[str, str]]  # heading, text
+    changed: float
+    longer: float
+    said: str
 
 
 def samples(files: RunFiles) -> list[Sample]:
@@ -247,8 +265,19 @@ def samples(files: RunFiles) -> list[Sample]:
             ("Chosen in the data", row.get("chosen")),
         )
         answers = [(name, _text(value)) for name, value in named if value is not None]
-        found.append(Sample(_text(row.get("prompt")), answers))
+        found.append(Sample(_text(row.get("prompt")), answers, *_changed(row)))
     return found
+
+
+def _changed(row: Json) -> tuple[float, float, str]:
+    """(share of words that differ, tokens or characters more, both in words) of an answer after training."""
+    before, after = (_text(row.get(side)) for side in ("before", "after"))
+    same = SequenceMatcher(None, before.split(), after.split(), autojunk=False).ratio()
+    tokens = [number(row.get(f"tokens_{side}")) for side in ("before", "after")]
+    if tokens[0] is None or tokens[1] is None:
+        return round(1 - same, 3), len(after) - len(before), f"{percent(1 - same)} of the words changed"
+    told = f"{tokens[0]:,.0f} to {tokens[1]:,.0f} tokens, {percent(1 - same)} of the words changed"
+    return round(1 - same, 3), tokens[1] - tokens[0], told
 
 
 def environment(values: Json, prefix: str = "") -> list[tuple[str, str]]:

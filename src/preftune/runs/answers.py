@@ -52,6 +52,8 @@ def side_by_side(job: Job, prompts: Prompts, before: list[Sample], after: list[S
             "prompt": job.tokenizer.decode(ids, skip_special_tokens=True),
             "before": before[n].text,
             "after": after[n].text,
+            "tokens_before": len(before[n].ids),
+            "tokens_after": len(after[n].ids),
         }
         pairs = comparisons([group])
         if pairs:
