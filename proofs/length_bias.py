@@ -24,14 +24,12 @@ from preftune.demo.experiment import model_folder
 from preftune.models.load import load_model
 from preftune.records import Comparison, Demonstration, Group, Response
 
-OPENINGS, HELD, SEEDS, STEPS = 320, 256, 3, 40
+OPENINGS, HELD, SEEDS, STEPS = 320, 128, 3, 40
 LIKING = 0.05  # log-odds a token
 LONGEST = 128
 ARMS: dict[str, dict[str, Any]] = {
     "dpo": {"method": "dpo"},
-    "r_dpo, alpha 0.01": {"method": "r_dpo"},
     "r_dpo, alpha 0.05": {"method": {"name": "r_dpo", "alpha": 0.05}},
-    "ld_dpo, alpha 0.5": {"method": "ld_dpo"},
     "ld_dpo, alpha 0": {"method": {"name": "ld_dpo", "alpha": 0.0}},
     "ln_dpo": {"method": "ln_dpo"},
     "simpo": {"method": "simpo"},
