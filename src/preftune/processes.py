@@ -68,10 +68,8 @@ def joined() -> Generator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: it waits for the others, which may be gone
 
 
 def gathered(value: T) -> list[T]:

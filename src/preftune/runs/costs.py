@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from preftune import processes
 from preftune.data.render import Batch, Rendered, render_prompts
 from preftune.evaluation.evaluate import prompt_text
 from preftune.functions import judge, load_function
@@ -33,9 +34,9 @@ def with_samples(job: Job, weights: Weights, stop: Stop) -> Job:
     for number, cost in enumerate(method.costs):
         how = Sampling(samples=cost.options.samples, max_new_tokens=cost.options.max_new_tokens, seed=job.keys.seed + number)
         advance = advancing(job, "sample", len(fitting) * how.samples, stop)
-        written = sample(weights.compute, job.tokenizer, [ids[n] for n in fitting], how, progress=advance)
+        written = processes.of_first(sample(weights.compute, job.tokenizer, [ids[n] for n in fitting], how, progress=advance))
         own = [fitting[s.prompt_index] for s in written]
-        costs = _costs(cost, [groups[n] for n in own], written)
+        costs = processes.of_first(_costs(cost, [groups[n] for n in own], written))
         rows = [Rendered(n, 0, s.prompt_ids + s.ids, len(s.prompt_ids)) for n, s in zip(own, written, strict=True)]
         logp = score_logp(weights.compute, Batch(tuple(groups), tuple(rows)), range(len(rows)), share=share)
         for n, row, each, nats in zip(own, rows, costs, logp.tolist(), strict=True):
