@@ -181,7 +181,7 @@ def report(runs: dict[str, list[dict[str, float]]]) -> None:
     head = f"{min(r['pairs'] for r in hard):,.0f} to {max(r['pairs'] for r in hard):,.0f}"
     text = [
         f"UKPConvArg1: {SEEDS} seeds, each with {HELD_DEBATES} of the 16 debates held out ({head} pairs; no arm sees their "
-        f"votes) and {PAIRS:,} pairs of the others to train on, a part of what there is, to keep a run under two minutes. The "
+        f"votes) and {PAIRS:,} pairs of the others to train on, a part of what there is, to keep runs short. The "
         f"packaged model (2.8 million weights, of film reviews) with a new head, one epoch of steps of {tokens} pairs at "
         f"{SETTINGS['learning_rate']:g}, arguments cut at {LENGTH} tokens. Hard labels leave out the "
         f"{PAIRS - fmean(r['trained_on'] for r in hard):.0f} pairs (mean) on which as many are for one side as for the other. "
