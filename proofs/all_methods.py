@@ -26,10 +26,14 @@ WORDS = {"pairs": "pairs", "ratings": "ratings", "rankings": "rankings", "answer
 def draw(figure: Any, base: dict[str, float], runs: dict[str, dict[str, float]]) -> None:
     axes = figure.subplots()
     kinds = list(WORDS)
-    for name, found in runs.items():
+    for n, (name, found) in enumerate(sorted(runs.items(), key=lambda item: item[1]["reward"])):
         ink = common.INKS[kinds.index(found["kind"])]  # type: ignore[arg-type]
         axes.plot(found["kl"], found["reward"], "o", color=ink, markersize=5)
-        axes.annotate(name, (found["kl"], found["reward"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        # names of neighbours stand on either side of their points
+        place, side = ((6, -3), "left") if n % 2 else ((-6, -3), "right")
+        where = (found["kl"], found["reward"])
+        axes.annotate(name, where, xytext=place, textcoords="offset points", ha=side, fontsize=7)
+    axes.set_xscale("log")
     for n, kind in enumerate(kinds):
         axes.plot([], [], "o", color=common.INKS[n], label=WORDS[kind])
     axes.axhline(base["reward"], color="#3c4047", linewidth=0.8, linestyle=":")
@@ -71,10 +75,12 @@ def main() -> None:
         f"{base['reward']:+.2f}, {base['positive']:.0%} positive.",
         "![gold reward against KL](all_methods.png)",
         common.table(["method", "learns from", "beta", "gold reward", "positive", "KL, nats", "tokens"], rows),
-        "One seed, one learning rate and defaults: this shows that each method learns, and how far it goes from the start in "
-        "the same number of steps; it is no ranking of methods. A method further to the right has moved more, not learned "
-        "better: beta and learning rate move it along the curve. `reward` trains a reward model and has no policy to sample "
-        "from.",
+        "One seed, one learning rate and defaults: this shows how far each method comes, and how far from the start, in the "
+        "same number of steps; it is no ranking of methods. A method further to the right has moved more, not learned better: "
+        "beta and learning rate move it along the curve. A rating is one bit drawn at random where a pair has its probability: "
+        f"{SIZES['ratings']} of them a step teach nothing that shows here, and 48 do ([KTO](kto_imbalance.md)). `apo_down` "
+        "lowers both answers, for data that is worse than the model; on the model's own answers nothing holds it. `reward` "
+        "trains a reward model and has no policy to sample from.",
     ]
     common.picture("all_methods", lambda figure: draw(figure, base, runs), size=(9, 5.4))
     common.write("all_methods", "All methods on one task", "\n\n".join(text), {"before": base, "runs": runs})
