@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
@@ -79,15 +80,10 @@ ELSEWHERE = {
     "warmup_ratio": "train.warmup",
     "lr_scheduler_type": "train.schedule",
     "report_to": "train.trackers",
+    "optim": "train.optimizer",
     "eval_dataset": "eval_data",
     "val_size": "eval_data",
 }
-
-LATER = (
-    "train.optimizer",
-    "train.parallel",
-    "train.deterministic",
-)
 
 
 def refusal(error: ValidationError, verb: str, keys: Mapping[str, Sequence[str]]) -> Refusal:
@@ -112,7 +108,8 @@ def refusal(error: ValidationError, verb: str, keys: Mapping[str, Sequence[str]]
     if first["type"] == "bad_filter":
         return Refusal(f"{first['msg']}{more}", code="bad_filter", key=key)
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return Refusal(f"{message}, not {value!r}{more}", code="bad_value", key=key)
+    close = nearest(str(value), re.findall("'(.*?)'", message)) if first["type"] == "literal_error" else ""
+    return Refusal(f"{message}, not {value!r}{'.' if close else ''}{close}{more}", code="bad_value", key=key)
 
 
 def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str]]) -> str:
@@ -121,8 +118,6 @@ def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str
     known = keys.get(verb, ())
     in_source = any(isinstance(part, int) for part in loc)
     beside = list(Source.model_fields) if in_source else [n.rpartition(".")[2] for n in known if n.rpartition(".")[0] == group]
-    if key in LATER:
-        return " It is not in this version."
     if not group and ELSEWHERE.get(last, "").split("=")[0].split(" ")[0] in known:
         return f" Here that is {ELSEWHERE[last]}."
     close = nearest(last, beside)

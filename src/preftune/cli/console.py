@@ -33,7 +33,7 @@ def setup(*, quiet: bool) -> None:
     # of the processes of one run the first one speaks
     log.setLevel(logging.ERROR if processes.number() else logging.WARNING if quiet else logging.INFO)
     log.propagate = False
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft)\b")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes)\b")
 
 
 class _Stderr(logging.Handler):
