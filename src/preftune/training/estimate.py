@@ -38,8 +38,8 @@ class Estimate:
     """Of one run, on one device.
 
     parameters, trained: of the model. fixed_bytes: weights, gradients and the optimizer's state. token_bytes: activations per
-    token of a micro-batch; None: they could not be counted. operations: per token of a training step, with a reference's forward
-    pass where there is one. usual: the token budget where nothing says how much memory there is.
+    token of a micro-batch; None: they could not be counted. operations: per token of a training step, with a reference's
+    forward pass where there is one. usual: the token budget where nothing says how much memory there is.
     """
 
     parameters: int
