@@ -30,13 +30,13 @@ STEPS = 20
 
 
 def losses(name: str) -> list[float]:
-    """Of 20 steps of four examples, several micro-batches each, that start at the reference."""
+    """Of 20 steps of four examples, two micro-batches or so each, that start at the reference."""
     method, tokenizer = methods.make(name), tiny.tokenizer()
     model = _reward_model(tokenizer) if method.head == "scalar" else tiny.model()
     batch = render(judged(name), tokenizer)
     batch = method.rows(batch, lambda groups: render(groups, tokenizer))
     reference = score(model, batch).logp.detach() if method.needs_reference else None
-    options = TrainOptions(tokens_per_microbatch=60)
+    options = TrainOptions(tokens_per_microbatch=150)
     the_plan = plan(
         method.examples(batch.groups), batch_size=4, epochs=1.0, steps=STEPS, seed=0, learning_rate=3e-3, options=options
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ class Best:
         self.kept, self.restored = list[Tensor](), False
 
     def offer(self, step: int, loss: float | None) -> None:
-        if loss is None or not loss < self.loss:
+        if loss is None or not math.isfinite(loss) or loss >= self.loss:
             self.waited += 1
             return
         self.loss, self.step, self.waited = loss, step, 0
