@@ -17,6 +17,7 @@ from preftune.errors import Refusal
 from preftune.runs.train import train
 from preftune.training import extras
 from preftune.training.options import TrainOptions
+from preftune.training.trackers import QUIET, start
 
 pytestmark = pytest.mark.usefixtures("short_answers", "no_report")
 
@@ -45,7 +46,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "wandb.py").write_text(FAKE)
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
-    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ERROR_REPORTING"):
+    for name in ("WANDB_MODE", "WANDB_PROJECT", *QUIET):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("CALLS", str(tmp_path / "calls.jsonl"))
@@ -79,8 +80,6 @@ def test_a_run_is_logged_offline_and_a_resumed_one_logs_no_step_twice(calls: Any
 
 
 def test_the_users_own_mode_counts(calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from preftune.training.trackers import start
-
     monkeypatch.setenv("WANDB_MODE", "online")
     Path("run").mkdir()
     for tracker in start(["wandb"], Path("run"), {"beta": 0.1}):

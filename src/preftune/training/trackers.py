@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 WANDB_RUN = "wandb.json"  # in the run folder: which run of Weights & Biases it is, and the last step that is logged there
+# no crash reports, no hand on the terminal, no banner
+QUIET = {"WANDB_ERROR_REPORTING": "false", "WANDB_CONSOLE": "off", "WANDB_SILENT": "true"}
 
 
 class Tracker(Protocol):
@@ -47,7 +49,8 @@ class WandB:
     logged already, with the same figures, a run that goes on does not log again."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], after: int) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read as it is imported
+        for name, value in QUIET.items():  # read as it is imported
+            os.environ.setdefault(name, value)
         import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
         self.place = folder / WANDB_RUN
