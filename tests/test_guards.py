@@ -12,13 +12,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from command import PAIRS, write_model, write_rows
+from test_resume import Killed, at, go_on, same
 
 import preftune
 from preftune import methods
+from preftune.config import TrainKeys, resolve
 from preftune.data.render import render
 from preftune.errors import Refusal, RunFailed
 from preftune.runs.course import Best
+from preftune.runs.metrics import open_metrics
+from preftune.runs.train import train
 from preftune.scoring.score import score
+from preftune.training import steps as loop
 from preftune.training.guards import SPIKE, Guards, written
 from preftune.training.options import TrainOptions
 from preftune.training.precision import Weights
@@ -221,3 +227,49 @@ def test_a_budget_that_nothing_can_measure_is_refused(model: Any, tokenizer: Any
         with pytest.raises(Refusal, match=says) as refused:
             fit(model, tokenizer, steps=1, **keys)
         assert refused.value.key == "train.kl_budget"
+
+
+def test_warnings_of_later_steps_are_taken_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys, path = resolve(TrainKeys, ["model=m", "data=d.jsonl"]), tmp_path / "warnings.jsonl"
+
+    def goes_on(after: int, *lines: Line) -> list[int]:
+        with open_metrics(tmp_path, keys, Guards(kl_budget=1.0), after=after) as sink:
+            for line in lines:
+                sink(line)
+        return [json.loads(text)["step"] for text in path.read_text().splitlines()] if path.exists() else []
+
+    assert goes_on(0, {"step": 1, "eval/kl": 0.5}, {"step": 2, "eval/kl": 2.0}, {"step": 3, "eval/kl": 2.0}) == [2]
+    assert goes_on(1) == []
+    assert goes_on(1, {"step": 2, "eval/kl": 0.5}, {"step": 3, "eval/kl": 2.0}) == [3]
+    assert goes_on(3, {"step": 4, "eval/kl": 3.0}) == [3]
+    assert len([r for r in caplog.records if "kl_budget" in r.getMessage()]) == 2, "said once where it is new"
+
+
+def test_a_run_that_skips_goes_on_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed between two steps that are skipped: it knows that the second is one."""
+    bad, right = set[int](), loop.gradient_norm
+
+    def norm(masters: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return right(masters) * (math.inf if calls in bad else 1.0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "gradient_norm", norm)
+    write_model(tmp_path / "m", positions=128)
+    write_rows(tmp_path / "pairs.jsonl", PAIRS[:16])
+    words = ["model=m", "data=pairs.jsonl", "batch_size=8", "steps=6", "train.save_every=3", "train.not_finite=skip"]
+    words += ["reference.store=off", "learning_rate=1e-3"]
+    calls, bad = 0, {3, 4}
+    train(resolve(TrainKeys, [*words, "out=whole"]))
+    calls = 0
+    with pytest.raises(Killed):
+        train(resolve(TrainKeys, [*words, "out=run"]), progress=at("train", 4))
+    caplog.clear()
+    calls, bad = 0, {1}  # step 4
+    go_on(tmp_path / "run")
+    assert same(tmp_path / "run", tmp_path / "whole")
+    assert any("step 4" in said and "2 times in a row" in said for said in caplog.messages)
+    assert (tmp_path / "run/warnings.jsonl").read_bytes() == (tmp_path / "whole/warnings.jsonl").read_bytes()
