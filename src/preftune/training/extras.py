@@ -10,7 +10,7 @@ from preftune.training.options import TrainOptions
 
 def check(options: TrainOptions) -> None:
     """Refuses what is not installed, before anything heavy is done."""
-    asked = [("train.trackers", name, name, name) for name in options.trackers]
+    asked: list[tuple[str, str, str, str]] = [("train.trackers", name, name, name) for name in options.trackers]
     if options.optimizer == "adamw_8bit":
         asked.append(("train.optimizer", "adamw_8bit, which needs bitsandbytes,", "bitsandbytes", "qlora"))
     for key, what, package, extra in asked:

@@ -68,17 +68,17 @@ class Guards:
         return "its loss or gradient was not finite, and no weight was moved by it" if line.get("skipped") else None
 
     def _spike(self, line: Mapping[str, Any]) -> str | None:
-        loss = line.get("loss")
+        loss: float | None = line.get("loss")
         if loss is None or line.get("skipped"):
             return None
-        self._first = loss if self._first is None else self._first
+        first = self._first = loss if self._first is None else self._first
         before = list(self._losses)
         self._losses.append(loss)
         if len(before) < LEAST:
             return None
         usual = median(before)
         spread = 1.4826 * median(abs(one - usual) for one in before)
-        if loss - usual <= max(SPIKE * spread, RISE * abs(self._first)):
+        if loss - usual <= max(SPIKE * spread, RISE * abs(first)):
             return None
         return (
             f"the loss jumped to {loss:.4g}, and was {usual:.4g} with a spread of {spread:.2g} over the {len(before)} steps "

@@ -21,9 +21,7 @@ class Tracker(Protocol):
 
 
 def start(names: Sequence[str], folder: Path, config: Mapping[str, Any], *, after: int = 0) -> list[Tracker]:
-    """Args:
-    config: of the run. after: the step that it goes on after.
-    """
+    """The trackers of a run. config: its keys. after: the step that it goes on after."""
     made: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB}
     return [made[name](folder, config, after) for name in dict.fromkeys(names)]
 
