@@ -700,6 +700,22 @@ def test_what_is_said_stands_above_a_live_bar(monkeypatch: pytest.MonkeyPatch) -
     assert re.search(r"(\r|\n|\x1b\[2K)a line *\n", shown), repr(shown)
 
 
+def test_a_bar_of_80_columns_shows_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(logging.getLogger("preftune"), "level", logging.INFO)
+    figures = {"loss": 0.6931, "accuracy": 0.5, "pairs_per_s": 1234.5, "tokens_per_s": 1234567.0, "memory_gb": 123.4}
+    with Watch() as watch:
+        for done in (1, 2, 3):
+            watch("train", done, 100_000, figures | ({"loss": None} if done == 2 else {}))
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue())
+    assert "loss 0.6931  accuracy 0.50  1234.5 pairs/s  1,234,567 tokens/s  123.4 GB" in shown
+    assert re.search(r"training .* 3/100000 left [-\d:]+", shown)
+
+
 # -- signals ----------------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from preftune.config import (
     dump,
     resolve,
 )
-from preftune.config_errors import ELSEWHERE, LATER
+from preftune.config_errors import ELSEWHERE
 from preftune.config_files import parse_word
 from preftune.data.options import Source
 from preftune.errors import Refusal, nearest
@@ -329,13 +329,6 @@ def test_other_tools_keys_are_answered_with_ours(theirs: str, ours: str) -> None
         train(f"{theirs}=1")
     assert f"Here that is {ours}." in refused.value.message
     assert ours.split("=")[0].split(" ")[0] in all_keys(TrainKeys), "a key that is there"
-
-
-@pytest.mark.parametrize("key", LATER)
-def test_keys_of_later_versions_say_so(key: str) -> None:
-    assert key not in all_keys(TrainKeys), "it is here now: take it off the list"
-    with pytest.raises(Refusal, match="not in this version"):
-        train(f"{key}=1")
 
 
 def test_everything_wrong_is_counted() -> None:

@@ -20,6 +20,7 @@ from preftune.errors import Interrupted, Refusal
 from preftune.runs import checkpoint, course, metrics
 from preftune.runs.resume import keys_of
 from preftune.runs.train import train
+from preftune.training.guards import Guards
 
 pytestmark = pytest.mark.usefixtures("short_answers", "no_report")
 
@@ -284,7 +285,8 @@ def test_a_full_disk_stops_nothing(
 def test_metrics_lose_half_a_line_and_later_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    with metrics.open_metrics(tmp_path, [], after=2) as sink:
+    keys = resolve(TrainKeys, ["model=m", "data=pairs.jsonl"])
+    with metrics.open_metrics(tmp_path, keys, Guards(), after=2) as sink:
         assert sink.lines == [{"step": 1}, {"step": 2}]
         sink({"step": 3, "x": 1})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "x": 1}\n'

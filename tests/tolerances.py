@@ -21,3 +21,4 @@ PARITY = 1e-5  # losses and their gradients against TRL's own loss code, float32
 HUGE = {"float32": 1e-5, "bfloat16": 2e-2}  # relative: losses of 1e4 nats against the same in float64
 FIT = 1e-4  # logits and probabilities of votes, fitted until they stand still, from another order of the same votes
 DIFFERENCES = 1e-5  # a gradient of size 1 to 10 against central differences of step 1e-5, float64
+CURVE = 1e-4  # relative: losses of 20 steps against those of another machine

@@ -268,6 +268,8 @@ def _consistent(run: Keys) -> Keys:
         check_moving(run.reference, run.method)
         if run.train.early_stop and not run.train.eval_every:
             raise Refusal("looks at evaluations: give train.eval_every too", code="unused_key", key="train.early_stop")
+        if run.train.kl_budget and not run.train.eval_every:
+            raise Refusal("is looked at in evaluations: give train.eval_every too", code="unused_key", key="train.kl_budget")
         _check_weights(run)
     elif any(source.weight for source in _sources(run)):
         log.info("not used: the weights of the sources, which say how a training run draws from them")

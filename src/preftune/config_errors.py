@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
@@ -80,14 +81,10 @@ ELSEWHERE = {
     "warmup_ratio": "train.warmup",
     "lr_scheduler_type": "train.schedule",
     "report_to": "train.trackers",
+    "optim": "train.optimizer",
     "eval_dataset": "eval_data",
     "val_size": "eval_data",
 }
-
-LATER = (
-    "train.optimizer",
-    "train.deterministic",
-)
 
 
 def refusal(error: ValidationError, verb: str, keys: Mapping[str, Sequence[str]]) -> Refusal:
@@ -112,7 +109,8 @@ def refusal(error: ValidationError, verb: str, keys: Mapping[str, Sequence[str]]
     if first["type"] == "bad_filter":
         return Refusal(f"{first['msg']}{more}", code="bad_filter", key=key)
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return Refusal(f"{message}, not {value!r}{more}", code="bad_value", key=key)
+    close = nearest(str(value), re.findall("'(.*?)'", message)) if first["type"] == "literal_error" else ""
+    return Refusal(f"{message}, not {value!r}{'.' if close else ''}{close}{more}", code="bad_value", key=key)
 
 
 def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str]]) -> str:
@@ -124,8 +122,6 @@ def _hint(loc: tuple[int | str, ...], verb: str, keys: Mapping[str, Sequence[str
         beside = list(Source.model_fields)
     elif loc[:2] == ("method", "constraints"):
         beside = list(ConstraintOptions.model_fields)
-    if key in LATER:
-        return " It is not in this version."
     if not group and ELSEWHERE.get(last, "").split("=")[0].split(" ")[0] in known:
         return f" Here that is {ELSEWHERE[last]}."
     close = nearest(last, beside)

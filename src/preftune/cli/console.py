@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,7 +34,7 @@ def setup(*, quiet: bool) -> None:
     # of the processes of one run the first one speaks
     log.setLevel(logging.ERROR if processes.number() else logging.WARNING if quiet else logging.INFO)
     log.propagate = False
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft)\b")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes)\b")
 
 
 class _Stderr(logging.Handler):
@@ -64,17 +65,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         if self.live:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = _bar()
             self._bar.start()
         return self
 
@@ -95,8 +86,27 @@ class Watch:
         if phase != self._phase:
             if self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(WORDS.get(phase, phase), total=total or None, note="")
-        self._bar.update(self._task, completed=done, total=total or None, note=note(line))
+            self._task = self._bar.add_task(WORDS.get(phase, phase), total=total or None)
+        self._bar.note = note(line)
+        self._bar.update(self._task, completed=done, total=total or None)
+
+
+def _bar() -> Any:
+    """How far it is and how long it takes, and under that the figures of the last step: a line of 80 columns holds not both."""
+    from rich.console import Console, RenderableType
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Bar(Progress):
+        note = ""
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield from super().get_renderables()
+            yield Text(self.note, no_wrap=True, overflow="ellipsis")
+
+    left = (TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), *left)
+    return Bar(*columns, console=Console(stderr=True), transient=True)
 
 
 def _of(total: int) -> str:
@@ -108,4 +118,4 @@ def note(line: dict[str, Any]) -> str:
     """The figures of a step that people watch."""
     shown = [("loss", "loss {:.4f}"), ("accuracy", "accuracy {:.2f}"), ("pairs_per_s", "{:.1f} pairs/s")]
     shown += [("tokens_per_s", "{:,.0f} tokens/s"), ("memory_gb", "{:.1f} GB")]
-    return "  ".join(text.format(line[key]) for key, text in shown if key in line)
+    return "  ".join(text.format(line[key]) for key, text in shown if line.get(key) is not None)

@@ -90,6 +90,6 @@ def _print(result: dict[str, Any], batch_size: int) -> None:
     for line in (
         f"one epoch of {result['method']} in {result['dtype']}: {run['steps']:,} steps of {batch_size}, {saved}",
         f"time: about {duration(run['seconds'])} for the steps, at half the rate of one matrix product on this machine",
-        f"memory: {about}{free}, {run['fixed_gb']:.3g} GB of it weights, gradients and AdamW's moments",
+        f"memory: {about}{free}, {run['fixed_gb']:.3g} GB of it weights, gradients and the optimizer's state",
     ):
         console.print(line, soft_wrap=True)

@@ -7,14 +7,14 @@ import shutil
 import signal as signals
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preftune import methods, processes, report
 from preftune.config import TrainKeys, dump
-from preftune.errors import Interrupted, RunFailed
+from preftune.errors import Interrupted, Refusal, RunFailed
 from preftune.runs import folder as files
 from preftune.runs.prepare import RenderedData
 
@@ -74,9 +74,15 @@ def resolved(
 ) -> TrainKeys:
     """The keys with every default filled in, said where it was chosen here."""
     usual = methods.needs(method).learning_rate
+    if keys.train.kl_budget is not None and not methods.needs(method).reference:
+        raise Refusal(f"{method.label} has no reference to measure a KL from", code="unused_key", key="train.kl_budget")
     rate = keys.learning_rate or (float(f"{10 * usual:g}") if adapter else usual)  # not 9.999999999999999e-06
     if keys.learning_rate is None:
         log.info(f"learning_rate: {rate:g}, the default for {method.label}{' with an adapter' if adapter else ''}")
+        if keys.train.optimizer == "adafactor":
+            log.info(
+                "that default is AdamW's: adafactor's steps are relative to the size of each weight, and take a larger one"
+            )
     if keys.steps is not None and "epochs" in keys.model_fields_set:
         log.info(f"steps and epochs are both given: steps={keys.steps} counts")
     return keys.model_copy(
@@ -102,6 +108,7 @@ def conduct(setup: Setup) -> Run:
     from preftune.models.weights import whole_state
     from preftune.runs.reference import OWN
     from preftune.runs.trainer import run
+    from preftune.training.determinism import deterministic
 
     job = _job(setup)
     out, earlier, started = setup.out if job.writes else None, setup.references.earlier, time.time()
@@ -111,7 +118,8 @@ def conduct(setup: Setup) -> Run:
             (out / "checkpoints").mkdir()
             shutil.copyfile(earlier, out / "checkpoints" / OWN)
         try:
-            with fused(job.model):
+            repeated = deterministic(job.model.device) if job.keys.train.deterministic else nullcontext()
+            with fused(job.model), repeated:
                 result = run(job, stop)
         finally:
             job.model.eval()  # the adapter's dropout off again, and its checkpointing
@@ -137,6 +145,9 @@ def _job(setup: Setup) -> Job:
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(setup.model.device)
     keys = keys.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     model, new_adapter, again = _trainable(setup, dtype)
+    if keys.train.kl_budget is not None and not (new_adapter or references.other or again):
+        line = "the starting policy is gone once it trains: give fit a reference, such as a copy of it, or train an adapter"
+        raise Refusal(line, code="no_reference", key="train.kl_budget")
     if keys.train.sharing == "require":
         require_sharing(model)
     if keys.train.checkpointing:
@@ -199,13 +210,21 @@ def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: in
     free = min(known, default=None)
     best = bool(keys.train.eval_every) and keys.train.keep_best
     reference, moving = methods.needs(keys.method).reference, bool(keys.reference.sync_steps)
-    found = Estimate.of(model, dtype, best=best, reference=reference, moving=moving, checkpointing=keys.train.checkpointing)
+    found = Estimate.of(
+        model,
+        dtype,
+        best=best,
+        reference=reference,
+        moving=moving,
+        checkpointing=keys.train.checkpointing,
+        optimizer=keys.train.optimizer,
+    )
     if free is not None:
         free += sum(p.nbytes for p in model.parameters()) + passing  # they are there already
         if found.fixed_bytes > free:
             raise RunFailed(
                 f"{found.parameters:,} parameters, {found.trained:,} of them trained, take {found.fixed_bytes / 1e9:.3g} GB "
-                f"with gradients and AdamW's moments, and {free / 1e9:.3g} GB are free: train an adapter (adapter=lora)",
+                f"with gradients and the optimizer's state, and {free / 1e9:.3g} GB are free: train an adapter (adapter=lora)",
                 code="out_of_memory",
             )
     if keys.train.tokens_per_microbatch is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from torch import Tensor
 from preftune import processes
 from preftune.evaluation.held_out import held_out, method_metrics, needed_rows, right_order
 from preftune.models.load import save_model
+from preftune.models.randomness import random_state_kept
 from preftune.models.weights import parted, whole, whole_state
 from preftune.runs import checkpoint
+from preftune.runs.answers import Prompts, answers, kl
 from preftune.runs.job import Job, Run, scored, stop_here
 from preftune.runs.metrics import Sink
+from preftune.training.guards import written
 from preftune.training.moving import Moving
 from preftune.training.precision import Weights
 from preftune.training.signals import Stop
@@ -35,9 +39,18 @@ class Course:
     """The steps of a run, with its evaluations and checkpoints between them."""
 
     def __init__(
-        self, job: Job, weights: Weights, the_plan: Plan, held: Tensor | None, stop: Stop, result: Run, sink: Sink
+        self,
+        job: Job,
+        weights: Weights,
+        the_plan: Plan,
+        held: Tensor | None,
+        stop: Stop,
+        result: Run,
+        sink: Sink,
+        prompts: Prompts,
     ) -> None:
         self.job, self.the_plan, self.held, self.stop, self.result, self.sink = job, the_plan, held, stop, result, sink
+        self.prompts = prompts
         self.training = begin(weights, the_plan, _moving(job, weights))
         self.best = Best(weights, job)
         self.pending: dict[str, Any] | None = None  # the line of a step whose evaluation was not made yet
@@ -94,10 +107,19 @@ class Course:
         if self._evaluates(number):
             rows = needed_rows(job.held, job.method)
             now = scored(job, self.training.weights.compute, job.held, rows, "evaluate", self.stop)
-            line |= {f"eval/{k}": v for k, v in _held_line(job, now, self.held).items()}
+            line |= {f"eval/{k}": v for k, v in written(_held_line(job, now, self.held) | self._kl()).items()}
             self.best.offer(number, line.get("eval/loss"))
         self.sink(line)
         self.pending = None
+
+    def _kl(self) -> dict[str, float]:
+        """KL from the reference on answers sampled now, where it has a budget."""
+        if self.job.keys.train.kl_budget is None or not self.prompts[0]:
+            return {}
+        weights = self.training.weights
+        with random_state_kept(weights.compute.device):  # a model that is loaded may draw
+            samples = answers(self.job, weights, self.prompts, self.stop)
+            return {"kl": kl(self.job, weights, samples, self.stop)["kl"]}
 
     def _evaluates(self, number: int) -> bool:
         every = self.job.keys.train.eval_every
@@ -165,7 +187,7 @@ class Best:
         self.kept, self.restored = list[Tensor](), False
 
     def offer(self, step: int, loss: float | None) -> None:
-        if loss is None or not loss < self.loss:
+        if loss is None or not math.isfinite(loss) or loss >= self.loss:
             self.waited += 1
             return
         self.loss, self.step, self.waited = loss, step, 0

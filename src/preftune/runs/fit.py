@@ -16,7 +16,7 @@ from preftune.runs import folder as files
 from preftune.runs.conduct import References, Setup, conduct, is_kept, resolved
 from preftune.runs.prepare import from_groups, render_said
 from preftune.scoring.place import check_place
-from preftune.training import trackers
+from preftune.training import extras
 
 if TYPE_CHECKING:
     from preftune.runs.job import Progress, Run
@@ -85,7 +85,7 @@ def fit(
         raise Refusal(line, code="not_quantized", key="adapter.type")
     check_place(options.reference.store, ())
     check_tokenizer(model, tokenizer, reference)
-    trackers.check(options.train.trackers)
+    extras.check(options.train)
     data = from_groups(groups, eval_groups, options.method, options.data)
     check_moving(options.reference, data.method)
     methods.check_head(data.method, scalar=gives_scalars(model))

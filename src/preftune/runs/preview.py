@@ -81,7 +81,13 @@ def estimate_of(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
         needs, moving = methods.needs(keys.method), bool(keys.reference.sync_steps)
         model = structure(keys.model, keys.adapter, scalar=needs.scalar, trust_remote_code=keys.trust_remote_code)
         return Estimate.of(
-            model, dtype, best=best, reference=needs.reference, moving=moving, checkpointing=keys.train.checkpointing
+            model,
+            dtype,
+            best=best,
+            reference=needs.reference,
+            moving=moving,
+            checkpointing=keys.train.checkpointing,
+            optimizer=keys.train.optimizer,
         )
     except Refusal:
         raise
@@ -106,7 +112,7 @@ def takes(keys: TrainKeys, found: Estimate, largest: int, tokens: int) -> dict[s
     seconds = found.seconds(tokens, matrix_rate(DTYPES[keys.dtype] if keys.dtype else default_dtype(device()), device()))
     weights = (
         f"{fixed / 1e9:.3g} for {found.parameters:,} parameters, {found.trained:,} of them trained, with float32 gradients and "
-        "AdamW's moments"
+        f"the state of {keys.train.optimizer}"
     )
     if found.token_bytes is None or peak is None:
         log.info(f"memory: {weights}, and an amount per token that is not known")

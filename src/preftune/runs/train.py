@@ -20,7 +20,7 @@ from preftune.runs.conduct import References, Setup, conduct, is_kept, resolved
 from preftune.runs.prepare import Data, RenderedData, read_data, render_said
 from preftune.runs.resume import check_files
 from preftune.scoring.place import check_place
-from preftune.training import trackers
+from preftune.training import extras
 
 if TYPE_CHECKING:
     from preftune.runs.job import Progress, Run
@@ -50,7 +50,7 @@ def _setup(keys: TrainKeys, config: Path | None, progress: Progress | None) -> S
     """All that a run is made of; of a dry run its plan."""
     _check_processes(keys)
     found = _models(keys)
-    trackers.check(keys.train.trackers)
+    extras.check(keys.train)
     reopened = Path(keys.resume) if keys.resume else None
     if reopened:
         check_files(reopened)
@@ -77,12 +77,14 @@ def _check_processes(keys: TrainKeys) -> None:
         line = f"{processes.size()} processes cannot share {keys.batch_size} examples of a step: start fewer, or raise it"
         raise Refusal(line, code="too_many_processes", key="batch_size")
     if keys.train.parallel == "fsdp" and processes.size() > 1:
+        optimizer = keys.train.optimizer
+        whole = f"train.optimizer={optimizer}, whose state is no part of it" if optimizer != "adamw" else None
         packed = "weights in 4 bits" if keys.adapter.type == "qlora" else None
         moving = "a reference that follows the policy" if keys.reference.sync_steps else None
         merging = (
             "an adapter that is folded in (adapter.merge; preftune merge RUN does it later)" if keys.adapter.merge else None
         )
-        if what := packed or moving or merging:
+        if what := whole or packed or moving or merging:
             raise Refusal(f"fsdp does not go with {what}", code="no_parts", key="train.parallel")
 
 

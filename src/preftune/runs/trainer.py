@@ -20,6 +20,7 @@ from preftune import processes
 from preftune.errors import Interrupted, RunFailed
 from preftune.evaluation.held_out import held_out, needed_rows
 from preftune.generation.sample import Sample
+from preftune.methods.pairs import comparisons
 from preftune.models.randomness import random_state_kept
 from preftune.runs import checkpoint
 from preftune.runs import folder as files
@@ -31,6 +32,7 @@ from preftune.runs.metrics import open_metrics
 from preftune.runs.reference import references
 from preftune.scoring.scorer import Scorer
 from preftune.scoring.selfcheck import check_path
+from preftune.training.guards import Guards
 from preftune.training.memory import is_out_of_memory
 from preftune.training.precision import Weights
 from preftune.training.signals import Stop
@@ -68,10 +70,10 @@ def run(job: Job, stop: Stop) -> Run:
             reference, held = references(job, weights, the_plan, needed_rows(job.held, job.method), stop)
             prompts = sample_prompts(job)
             result.before, earlier = _before(job, weights, held, prompts, stop)
-            sink = taken.enter_context(
-                open_metrics(job.out if job.writes else None, job.keys.train.trackers, after=_measured_until(job))
-            )
-            course = Course(job, weights, the_plan, held, stop, result, sink)
+            guards = Guards(len(comparisons(job.held.groups)), job.keys.train.kl_budget)
+            place = job.out if job.writes else None
+            sink = taken.enter_context(open_metrics(place, job.keys, guards, after=_measured_until(job)))
+            course = Course(job, weights, the_plan, held, stop, result, sink, prompts)
             course.go(reference)
             result.kept_step = course.best.restore() or result.metrics[-1]["step"]
             result.after = course.measured()

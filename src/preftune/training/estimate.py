@@ -20,6 +20,8 @@ from preftune.models.load import max_positions
 from preftune.models.weights import count, frozen_bytes
 from preftune.scoring.head import backbone
 from preftune.scoring.score import default_budget
+from preftune.training.optimizers import state_bytes
+from preftune.training.options import Optimizer
 
 log = logging.getLogger("preftune")
 
@@ -35,9 +37,9 @@ _TOKENS = 64
 class Estimate:
     """Of one run, on one device.
 
-    parameters, trained: of the model. fixed_bytes: weights, gradients and AdamW's moments. token_bytes: activations per token
-    of a micro-batch; None: they could not be counted. operations: per token of a training step, with a reference's forward pass
-    where there is one. usual: the token budget where nothing says how much memory there is.
+    parameters, trained: of the model. fixed_bytes: weights, gradients and the optimizer's state. token_bytes: activations per
+    token of a micro-batch; None: they could not be counted. operations: per token of a training step, with a reference's
+    forward pass where there is one. usual: the token budget where nothing says how much memory there is.
     """
 
     parameters: int
@@ -57,6 +59,7 @@ class Estimate:
         reference: bool,
         moving: bool = False,
         checkpointing: bool = False,
+        optimizer: Optimizer = "adamw",
     ) -> Estimate:
         """Of a model that is loaded, or that only has its structure (on the meta device).
 
@@ -66,7 +69,8 @@ class Estimate:
             checkpointing: whether layers keep their input alone, and are computed again.
         """
         total = sum(count(p) for p in model.parameters())
-        trained = sum(count(p) for p in model.parameters() if p.requires_grad)
+        training = [p for p in model.parameters() if p.requires_grad]
+        trained, state = sum(map(count, training)), sum(state_bytes(optimizer, p.shape) for p in training)
         frozen = sum(frozen_bytes(p, dtype) for p in model.parameters() if not p.requires_grad)
         # multiply and add, forward; twice that backward, half of it where frozen weights take no gradient of their own
         passes = 1 + (2 if trained == total else 1) + reference + checkpointing
@@ -82,7 +86,7 @@ class Estimate:
         return cls(
             parameters=total,
             trained=trained,
-            fixed_bytes=frozen + trained_bytes(trained, dtype, best=best, moving=moving),
+            fixed_bytes=frozen + state + trained_bytes(trained, dtype, best=best, moving=moving),
             token_bytes=token_bytes,
             operations=2.0 * _multiplied(model) * passes,
             usual=usual,
@@ -105,10 +109,10 @@ class Estimate:
 
 
 def trained_bytes(trained: int, dtype: torch.dtype, *, best: bool, moving: bool = False) -> int:
-    """Bytes that are there for the whole run for what trains: its weights, their gradient in float32, AdamW's two moments, and
-    in bfloat16 the copy that computes; where the best weights are kept, or a reference moves, these too."""
+    """Bytes that are there for the whole run for what trains, besides the optimizer's state: its weights, their gradient in
+    float32, and in bfloat16 the copy that computes; where the best weights are kept, or a reference moves, these too."""
     copy = 0 if dtype.itemsize == 4 else dtype.itemsize
-    return trained * (4 + 4 + 8 + copy + 4 * best + (4 + copy) * moving)
+    return trained * (4 + 4 + copy + 4 * best + (4 + copy) * moving)
 
 
 def kept_bytes(model: Any, dtype: torch.dtype) -> int:

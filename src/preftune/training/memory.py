@@ -19,6 +19,7 @@ from preftune.scoring.scorer import Scorer
 from preftune.training.estimate import pass_tokens
 from preftune.training.gradient import Step
 from preftune.training.method import Example, Method
+from preftune.training.optimizers import forget
 
 log = logging.getLogger("preftune")
 
@@ -76,9 +77,8 @@ def fits(
     with random_state_kept(scorer.device):
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.zeros_like(parameter)
-        step(optimizer, 0.0)  # makes the state: zeros, once the count of steps is put back
-        for state in optimizer.state.values():
-            state["step"].zero_()
+        step(optimizer, 0.0)  # makes the state
+        forget(optimizer)
         optimizer.zero_grad(set_to_none=True)
         least = indivisible(scorer, batch, (e for examples in batches for e in examples))
         try:

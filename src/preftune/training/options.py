@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Schedule = Literal["cosine", "linear", "constant"]
-Tracker = Literal["tensorboard"]
+Tracker = Literal["tensorboard", "wandb"]
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
 Parallel = Literal["replicate", "fsdp"]
 Sharing = Literal["auto", "require", "off"]
 Curriculum = Literal["easy_first", "hard_first"]
@@ -56,5 +57,23 @@ class TrainOptions(BaseModel):
         description="Order of the comparisons in each epoch by margin: easy_first or hard_first; absent: shuffled.",
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Gradients are clipped to this norm.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
-    trackers: list[Tracker] = Field(default=[], description="Where metrics go besides metrics.jsonl: tensorboard.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Decoupled weight decay.")
+    optimizer: Optimizer = Field(
+        default="adamw",
+        description="adamw; adamw_8bit: moments in 8 bits (extra qlora); adafactor: factored, rates relative to each weight.",
+    )
+    not_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What a loss or gradient that is not finite does: stop the run, or skip its step (10 in a row stop it).",
+    )
+    kl_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Nats per response: evaluations sample answers, and warn once their KL is above; absent: no KL there.",
+    )
+    deterministic: bool = Field(
+        default=False, description="CUDA: kernels that give the same bits each time, which are slower; the CPU's do anyway."
+    )
+    trackers: list[Tracker] = Field(
+        default=[],
+        description="Where metrics go besides metrics.jsonl: tensorboard, wandb (offline, unless WANDB_MODE is set).",
+    )

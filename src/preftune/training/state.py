@@ -13,6 +13,7 @@ from torch import Tensor
 from preftune.models.randomness import random_state, set_random_state
 from preftune.models.weights import parted, whole
 from preftune.training.moving import Moving
+from preftune.training.optimizers import SHARED
 from preftune.training.precision import Weights
 
 
@@ -28,7 +29,8 @@ class Saved:
 class Training:
     """A run between two steps.
 
-    step: steps taken. budget: tokens of a micro-batch; None: not known yet. random: states of torch's generators when the last
+    step: steps taken. budget: tokens of a micro-batch; None: not known yet. skipped: steps in a row, up to the last, whose
+    gradient was not finite and moved nothing. random: states of torch's generators when the last
     step had been taken; a step that fails leaves them behind.
     """
 
@@ -37,6 +39,7 @@ class Training:
     moving: Moving | None = None
     budget: int | None = None
     step: int = 0
+    skipped: int = 0
     random: list[Tensor] = field(default_factory=list[Tensor])
 
     def taken(self, step: int, budget: int) -> None:
@@ -49,36 +52,35 @@ class Training:
         found = {f"weight.{name}": master for name, master in zip(self.weights.names, self.weights.masters, strict=True)}
         if self.moving is not None:
             found |= {f"reference.{name}": own for name, own in zip(self.weights.names, self.moving.masters, strict=True)}
-        found |= {f"optimizer.{name}.{key}": value for name, key, value in self._moments() if isinstance(value, Tensor)}
+        found |= {f"optimizer.{name}.{key}": own[key] for name, key, own in self._moments() if isinstance(own[key], Tensor)}
         found |= {f"random.{n}": state for n, state in enumerate(self.random)}
         return {name: whole(tensor.detach()) for name, tensor in found.items()}
 
     def facts(self) -> dict[str, Any]:
         """The rest, as JSON takes it."""
         others: dict[str, dict[str, Any]] = {}
-        for name, key, value in self._moments():
-            if not isinstance(value, Tensor):
-                others.setdefault(name, {})[key] = value
-        return {"step": self.step, "budget": self.budget, "optimizer": others}
+        for name, key, own in self._moments():
+            if not isinstance(own[key], Tensor):
+                others.setdefault(name, {})[key] = own[key]
+        return {"step": self.step, "budget": self.budget, "skipped": self.skipped, "optimizer": others}
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
-        """Puts back what `tensors` and `facts` gave, of a run of the same model and settings; the random numbers come last."""
+        """Puts back what `tensors` and `facts` gave, of a run of the same model and settings, whose optimizer has its state in
+        its place; the random numbers come last."""
         tensors, facts = saved.tensors, saved.facts
         self.restore_weights(saved)
         if self.moving is not None:
             self.moving.put([tensors[f"reference.{name}"] for name in self.weights.names])
-        state: dict[int, dict[str, Any]] = {}
-        for n, name in enumerate(self.weights.names):
-            start = f"optimizer.{name}."
-            named = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-            own = {key: parted(value, self.weights.masters[n]) for key, value in named.items()}
-            state[n] = own | facts["optimizer"].get(name, {})
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for name, key, own in self._moments():
+            if isinstance(own[key], Tensor):
+                own[key].copy_(parted(tensors[f"optimizer.{name}.{key}"], own[key]))
+            else:
+                own[key] = facts["optimizer"][name][key]
         count = sum(key.startswith("random.") for key in tensors)
         device = self.weights.compute.device
         set_random_state(device, [tensors[f"random.{n}"].cpu() for n in range(count)])
+        self.skipped = facts.get("skipped", 0)
         self.taken(facts["step"], facts["budget"])
 
     @torch.no_grad()
@@ -88,8 +90,8 @@ class Training:
             master.copy_(parted(saved.tensors[f"weight.{name}"], master))
         self.weights.refresh()
 
-    def _moments(self) -> Iterator[tuple[str, str, Any]]:
-        """(name of the weight, key, value) of the optimizer's state."""
+    def _moments(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """(name of a weight, key, the optimizer's state of that weight, which has the key)"""
         for name, master in zip(self.weights.names, self.weights.masters, strict=True):
-            for key, value in self.optimizer.state.get(master, {}).items():
-                yield name, key, value
+            own: dict[str, Any] = self.optimizer.state.get(master, {})
+            yield from ((name, key, own) for key in own if key not in SHARED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Generator, Sequence
@@ -17,7 +18,9 @@ from preftune.errors import RunFailed
 from preftune.models.randomness import random_state
 from preftune.scoring.score import default_budget
 from preftune.scoring.scorer import scorer_of
+from preftune.training import optimizers
 from preftune.training.gradient import Step, backward
+from preftune.training.guards import written
 from preftune.training.memory import finer_if_needed, fits, indivisible, memory_gb, step
 from preftune.training.method import Example, Method
 from preftune.training.moving import Moving
@@ -25,6 +28,10 @@ from preftune.training.options import TrainOptions
 from preftune.training.order import Mixing, ordered
 from preftune.training.precision import Weights, gradient_norm
 from preftune.training.state import Saved, Training
+
+log = logging.getLogger("preftune")
+
+SKIPS = 10  # steps in a row that may be skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +85,9 @@ def count_steps(examples: int, *, batch_size: int, epochs: float, steps: int | N
 
 def begin(weights: Weights, the_plan: Plan, moving: Moving | None = None) -> Training:
     """A run before its first step."""
-    rate, decay = the_plan.learning_rate, the_plan.options.weight_decay
-    optimizer = torch.optim.AdamW(weights.masters, lr=rate, weight_decay=decay, fused=True)
-    budget = the_plan.options.tokens_per_microbatch
-    return Training(weights, optimizer, moving, budget, random=random_state(weights.compute.device))
+    options = the_plan.options
+    optimizer = optimizers.make(options.optimizer, weights.masters, the_plan.learning_rate, options.weight_decay)
+    return Training(weights, optimizer, moving, options.tokens_per_microbatch, random=random_state(weights.compute.device))
 
 
 def steps(
@@ -92,7 +98,8 @@ def steps(
     reference_logp: Tensor | None,
     earlier: Saved | None = None,
 ) -> Generator[dict[str, Any]]:
-    """Takes the plan's optimizer steps, and yields each step's metrics, measured before that step's update.
+    """Takes the plan's optimizer steps, and yields each step's metrics, measured before that step's update; of one that is
+    skipped too, with `skipped`, and None for what is not finite.
 
     Args:
         training: from `begin`; between two steps it is what a checkpoint holds.
@@ -101,8 +108,8 @@ def steps(
         earlier: tensors and facts of a run of the same plan, which goes on after its last step.
 
     Raises:
-        RunFailed: a loss or gradient that is not finite, and the optimizer has not stepped on it; a micro-batch that does not
-            fit into memory and cannot be cut.
+        RunFailed: a loss or gradient that is not finite, or too many in a row, and the optimizer has not stepped on it; a
+            micro-batch that does not fit into memory and cannot be cut.
     """
     options, weights, moving = the_plan.options, training.weights, training.moving
     scorer = scorer_of(weights.compute, share=options.sharing != "off")
@@ -133,33 +140,43 @@ def steps(
             )
             weights.add_up_gradients()
             norm = gradient_norm(weights.masters)
-            _check_finite(number, line["loss"], norm, examples)
-            torch.nn.utils.clip_grads_with_norm_(weights.masters, options.max_grad_norm, norm)
-            rate = the_plan.rate(number)
-            step(training.optimizer, rate)
-            weights.refresh()
+            rate, finite = the_plan.rate(number), math.isfinite(line["loss"]) and bool(torch.isfinite(norm))
+            if finite:
+                torch.nn.utils.clip_grads_with_norm_(weights.masters, options.max_grad_norm, norm)
+                step(training.optimizer, rate)
+                weights.refresh()
+            else:
+                _skip_or_stop(training, options, number, line["loss"], norm, examples)
+            training.skipped = 0 if finite else training.skipped + 1
             if moving is not None:
                 moving.follow(number, weights)
             training.taken(number, budget)
             seconds = time.perf_counter() - began
-            yield {
+            figures = {
                 "step": number,
                 "epoch": epoch,
                 **line,
                 "grad_norm": float(norm),
+                **({} if finite else {"skipped": True}),
                 "learning_rate": rate,
                 **({"pairs_per_s": len(examples) / seconds} if method.width == 2 else {}),
                 "tokens_per_s": tokens / seconds,
                 "memory_gb": max(processes.gathered(memory_gb())),
             }
+            yield written(figures)
 
 
-def _check_finite(number: int, loss: float, norm: Tensor, examples: Sequence[Example]) -> None:
-    if not (math.isfinite(loss) and torch.isfinite(norm)):
-        rows = dict.fromkeys(f"{e.origin.file} row {e.origin.row}" for e in examples if e.origin)
-        raise RunFailed(
-            f"step {number}: loss {loss}, gradient norm {float(norm)}: not finite. The weights are those "
-            f"of step {number - 1}. Rows of this batch: {', '.join(list(rows)[:5])} ... Lower learning_rate, or look "
-            "at these rows.",
-            code="not_finite",
-        )
+def _skip_or_stop(
+    training: Training, options: TrainOptions, number: int, loss: float, norm: Tensor, examples: Sequence[Example]
+) -> None:
+    """A step that is not finite moves no weight; whether the run goes on, its options say."""
+    rows = list(dict.fromkeys(f"{e.origin.file} row {e.origin.row}" for e in examples if e.origin))
+    more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
+    times = training.skipped + 1
+    what = f"step {number}: loss {loss}, gradient norm {float(norm)}: not finite" + (f" {times} times in a row" * (times > 1))
+    batch = f"Rows of this batch: {', '.join(rows[:5])}{more}"
+    if options.not_finite == "skip" and times < SKIPS:
+        log.warning(f"{what}: skipped. {batch}")
+        return
+    kept = f"The weights are those of step {number - times}"
+    raise RunFailed(f"{what}. {kept}. {batch}. Lower learning_rate, or look at these rows.", code="not_finite")
