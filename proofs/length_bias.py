@@ -153,6 +153,9 @@ def main() -> None:
         f"seeds (mean ± standard deviation). Measured on {HELD} openings held out, at most {LONGEST} tokens.",
         "![length and reward](length_bias.png)",
         common.table(["method", "tokens", "against before", "gold reward", "KL, nats"], rows),
+        "The methods are not at the same KL: simpo and ld_dpo have moved furthest, and are the longest. r_dpo is given the "
+        "judges' own liking as alpha, which takes it out of the labels; in practice it has to be guessed, and preftune check "
+        "says which way the labels lean.",
     ]
     common.picture("length_bias", lambda figure: draw(figure, found), size=(8, 4))
     common.write("length_bias", "Length-biased judges", "\n\n".join(text), {"longer_wins": share, "runs": found})
