@@ -213,17 +213,17 @@ class _LinearLogp(Function):
         into: Callable[[], Tensor] | None,
     ) -> Tensor:
         rows = _block(weight.shape[0], entries)
-        log_z: list[Tensor] = []
-        logp: list[Tensor] = []
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+        # made before the blocks: what stays between two of them would keep glibc from using their place again
+        logp, log_z = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+        for h, t, p, z in zip(*(each.split(rows) for each in (hidden, targets, logp, log_z)), strict=True):
             logits = linear(h, weight, bias).float()
             at = logits.gather(-1, t[:, None]).squeeze(-1)
             # one pass over each row; logsumexp takes four, with a copy of all rows
-            logp.append(torch.log_softmax(logits, -1).gather(-1, t[:, None]).squeeze(-1))
-            log_z.append(at - logp[-1])
+            p.copy_(torch.log_softmax(logits, -1).gather(-1, t[:, None]).squeeze(-1))
+            z.copy_(at - p)
         ctx.entries, ctx.into = entries, into
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(log_z))
-        return torch.cat(logp)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
+        return logp
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
