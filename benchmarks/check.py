@@ -3,9 +3,9 @@
     python benchmarks/check.py --rows 10000 100000 1000000
     python benchmarks/check.py --rows 10000 100000 --model path/to/model
 
-The pairs are made of English words in random order (seeded), about 1,000 bytes a row of JSONL, with a few faults, duplicates and contradictions
-strewn in. Each number of rows is read by a process of its own, whose peak memory is the figure; the time is that of the pass,
-with the analysis at its end and without the start of Python. With a model every row is tokenized as well.
+The pairs are made of English words in random order (seeded), about 1,000 bytes a row of JSONL, with a few faults, duplicates
+and contradictions strewn in. Each number of rows is read by a process of its own, whose peak memory is the figure; the time is
+that of the pass, with the analysis at its end and without the start of Python. With a model every row is tokenized as well.
 """
 
 from __future__ import annotations
