@@ -11,7 +11,7 @@ value  = a number | true | false | null | a word | "text" | 'text'
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -100,18 +100,17 @@ class _Parser:
         self.columns: dict[str, None] = {}
 
     def either(self) -> Keeps:
-        parts = [self.both()]
-        while self.tokens[0].is_word("or"):
-            self.tokens.pop(0)
-            parts.append(self.both())
-        return parts[0] if len(parts) == 1 else lambda row: any(part(row) for part in parts)
+        return self.joined("or", self.both, any)
 
     def both(self) -> Keeps:
-        parts = [self.test()]
-        while self.tokens[0].is_word("and"):
+        return self.joined("and", self.test, all)
+
+    def joined(self, word: str, rule: Callable[[], Keeps], hold: Callable[[Iterable[bool]], bool]) -> Keeps:
+        parts = [rule()]
+        while self.tokens[0].is_word(word):
             self.tokens.pop(0)
-            parts.append(self.test())
-        return parts[0] if len(parts) == 1 else lambda row: all(part(row) for part in parts)
+            parts.append(rule())
+        return parts[0] if len(parts) == 1 else lambda row: hold(part(row) for part in parts)
 
     def test(self) -> Keeps:
         if self.takes("("):

@@ -151,7 +151,7 @@ def _job(setup: Setup) -> Job:
     if keys.train.sharing == "require":
         require_sharing(model)
     if keys.train.checkpointing:
-        check_recomputed(model, share=keys.train.sharing != "off")
+        check_recomputed(model, share=keys.train.shares)
     keys = _with_budget(keys, model, dtype, passing=references.passing)
     stores = [Store(setup.out / "checkpoints" / OWN)] if setup.out else []
     stores += [references.store] if references.store else []

@@ -26,7 +26,7 @@ def with_samples(job: Job, weights: Weights, stop: Stop) -> Job:
     if not isinstance(method, Constrained) or not method.costs:
         return job
     used = {e.group for _, examples in plan_of(method, job.train, job.keys).batches for e in examples}
-    share = job.keys.train.sharing != "off"
+    share = job.keys.train.shares
     groups = [job.train.groups[g] for g in sorted(used)]
     ids = render_prompts(groups, job.tokenizer, template=job.keys.data.template)
     fitting = with_room(weights.compute, ids)

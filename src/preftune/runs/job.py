@@ -105,7 +105,7 @@ def planned_rows(batch: Batch, the_plan: Plan, steps: int | None = None) -> list
 def scored(job: Job, model: Any, batch: Batch, rows: list[int], phase: str, stop: Stop, keep: Keep | None = None) -> Tensor:
     """[len(batch)] nats of these rows, without a graph; what `keep` is given is not kept here."""
     options, advance = job.keys.train, advancing(job, phase, len(rows), stop)
-    budget, share = options.tokens_per_microbatch, options.sharing != "off"
+    budget, share = options.tokens_per_microbatch, options.shares
     return score_logp(model, batch, rows, tokens_per_microbatch=budget, share=share, progress=advance, keep=keep)
 
 

@@ -54,11 +54,10 @@ def run(job: Job, stop: Stop) -> Run:
         RunFailed: the first invariant does not hold, or a step is not finite; what was trained is in checkpoints/.
         Interrupted: after Ctrl-C or SIGTERM, with what was trained in checkpoints/.
     """
-    share = job.keys.train.sharing != "off"
     the_plan = plan_of(job.method, job.train, job.keys)
     if job.in_parts:  # the check calls the model in ways that one in parts does not know
         _check(job.model, job, the_plan)
-    weights = Weights(job.model, job.dtype, in_parts=job.in_parts, share=share)
+    weights = Weights(job.model, job.dtype, in_parts=job.in_parts, share=job.keys.train.shares)
     result = Run(job.model, job.method.name, out=job.out)
     with _seeded(job.keys.seed, job.model.device), contextlib.ExitStack() as taken:
         course: Course | None = None
@@ -87,7 +86,9 @@ def run(job: Job, stop: Stop) -> Run:
             begins = f"; {job.again} begins anew" if job.again else ""
             raise Interrupted(line + (course.saved() if course else begins), signal_number=number) from stopped
         except Exception as error:  # nothing that was trained is lost, whatever it is
-            saved = course.saved() if course and result.metrics else ""
+            # in parts it takes all processes to save, and these errors may have come to this one alone
+            alone = job.in_parts and (not isinstance(error, RunFailed) or error.code == "out_of_memory")
+            saved = course.saved() if course and result.metrics and not alone else ""
             if isinstance(error, RunFailed):
                 error.message += saved
                 raise
@@ -107,7 +108,7 @@ def run(job: Job, stop: Stop) -> Run:
 
 def _check(model: Any, job: Job, the_plan: Plan) -> None:
     """That the first rows are scored right by the path that the run takes."""
-    scorer, first = Scorer(model, share=job.keys.train.sharing != "off"), planned_rows(job.train, the_plan, steps=1)
+    scorer, first = Scorer(model, share=job.keys.train.shares), planned_rows(job.train, the_plan, steps=1)
     check_path(scorer, job.train, first, dtype=job.dtype, budget=job.keys.train.tokens_per_microbatch)
 
 

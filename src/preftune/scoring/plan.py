@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from preftune.data.render import Rendered
 
@@ -19,11 +19,8 @@ def shared_batches(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]]
     Returns:
         Indices of items, the largest pass first; an item is never cut, and a group only where it alone is over the budget.
     """
-    groups: dict[int, list[int]] = {}
-    for item, rows in enumerate(needs):
-        groups.setdefault(sequences[rows[0]].group, []).append(item)
     pieces: list[tuple[int, list[int]]] = []  # (tokens, items of one group)
-    for items in groups.values():
+    for items in _by_group(sequences, needs):
         start = sequences[needs[items[0]][0]].start
         tokens, piece, inside = start, list[int](), set[int]()
         for item in items:
@@ -50,16 +47,21 @@ def shares(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]], proces
     processes some have none."""
     if processes == 1:
         return [list(range(len(needs)))]
-    groups: dict[int, list[int]] = {}
-    for item, rows in enumerate(needs):
-        groups.setdefault(sequences[rows[0]].group, []).append(item)
     pieces: list[tuple[int, list[int]]] = []
-    for items in groups.values():
+    for items in _by_group(sequences, needs):
         distinct = {row for item in items for row in needs[item]}
         start = sequences[needs[items[0]][0]].start
         pieces.append((start + sum(len(sequences[row].ids) - start for row in distinct), items))
     pieces.sort(key=lambda piece: (-piece[0], piece[1]))
     return [sorted(items) for _, items in sorted(_balanced(pieces, processes), key=lambda full: (-full[0], full[1]))]
+
+
+def _by_group(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]]) -> Iterable[list[int]]:
+    """The items of each group, in their order."""
+    groups: dict[int, list[int]] = {}
+    for item, rows in enumerate(needs):
+        groups.setdefault(sequences[rows[0]].group, []).append(item)
+    return groups.values()
 
 
 def _balanced(pieces: Sequence[tuple[int, list[int]]], passes: int) -> list[tuple[int, list[int]]]:

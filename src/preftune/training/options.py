@@ -77,3 +77,8 @@ class TrainOptions(BaseModel):
         default=[],
         description="Where metrics go besides metrics.jsonl: tensorboard, wandb (offline, unless WANDB_MODE is set).",
     )
+
+    @property
+    def shares(self) -> bool:
+        """Whether answers share their prompt where the model can."""
+        return self.sharing != "off"

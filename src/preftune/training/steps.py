@@ -112,7 +112,7 @@ def steps(
             micro-batch that does not fit into memory and cannot be cut.
     """
     options, weights, moving = the_plan.options, training.weights, training.moving
-    scorer = scorer_of(weights.compute, share=options.sharing != "off")
+    scorer = scorer_of(weights.compute, share=options.shares)
     budget = training.budget or default_budget(scorer.model)
 
     def taken(examples: Sequence[Example], budget: int) -> tuple[dict[str, float], int]:
