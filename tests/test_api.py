@@ -259,6 +259,18 @@ def test_fit_refuses_what_it_would_not_read(keys: dict[str, Any], key: str, mode
     assert (refused.value.code, refused.value.key) == ("not_in_fit", key)
 
 
+@pytest.mark.parametrize("given", ["runs/sft/model", {"store": "off"}])
+def test_fit_takes_loaded_models(given: Any, model: Any, tokenizer: Any) -> None:
+    groups = preftune.read(PAIRS[:4])
+    with pytest.raises(Refusal, match="a loaded model of transformers, not ") as refused:
+        preftune.fit(model, tokenizer, groups, reference=given)
+    assert (refused.value.code, refused.value.key) == ("not_a_model", "reference")
+    assert ("reference_store=" in refused.value.message) == isinstance(given, dict)
+    with pytest.raises(Refusal) as refused:
+        preftune.fit(given, tokenizer, groups)
+    assert refused.value.key == "model"
+
+
 def test_fit_refuses_an_adapter_on_an_adapter(model: Any, tokenizer: Any) -> None:
     groups = preftune.read(PAIRS[:4])
     adapted = preftune.fit(model, tokenizer, groups, adapter="lora", **KEYS).model

@@ -121,9 +121,14 @@ def test_a_run_in_parts_is_saved_whole_and_goes_on_in_one_process(
     assert [line["step"] for line in metrics.read(parted / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_process_that_dies_ends_the_run_with_what_was_trained(files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "said"), [("replicate", "goes on from there"), ("fsdp", "begins anew: there is no checkpoint yet")]
+)
+def test_a_process_that_dies_ends_the_run_with_what_was_trained(
+    parallel: str, said: str, files: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    running = start(2, *words(files, "steps=2000", f"out={out}"))
+    running = start(2, *words(files, "steps=2000", f"train.parallel={parallel}", f"out={out}"))
     until = time.monotonic() + 120
     while not metrics.read(out / "metrics.jsonl"):
         assert time.monotonic() < until and running[0].poll() is None
@@ -131,7 +136,7 @@ def test_a_process_that_dies_ends_the_run_with_what_was_trained(files: Path, tmp
     running[1].send_signal(signal.SIGKILL)
     (code, _, err), _ = ended(running, seconds=60)
     assert code == 1 and "Traceback" not in err, err
-    assert "another process of this run has ended" in err and f"train resume={out} goes on from there" in err
+    assert "another process of this run has ended" in err and f"train resume={out} {said}" in err
 
 
 def test_the_first_process_alone_speaks_of_a_refusal(files: Path, tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ def tried(what: str, place: Path, write: Callable[[], T]) -> T | None:
     try:
         return write()
     except (OSError, SafetensorError) as error:
-        log.warning(f"{what} was not written ({reason(_as_os_error(error), place)}); {_newest(place)}")
+        kept = newest(place)
+        there = f"{kept.name} is there" if kept else "there is no checkpoint yet"
+        log.warning(f"{what} was not written ({reason(_as_os_error(error), place)}); {there}")
         return None
 
 
@@ -87,9 +89,9 @@ def reason(error: OSError, place: Path) -> str:
     return f"the disk is full, {free / 1e9:.1f} GB are free: free some in {place.absolute()}"
 
 
-def _newest(parent: Path) -> str:
-    found = sorted(parent.glob("step-*[0-9]"))
-    return f"{found[-1].name} is there" if found else "there is no checkpoint yet"
+def newest(parent: Path) -> Path | None:
+    """The newest checkpoint by its name, whole or not."""
+    return max(parent.glob("step-*[0-9]"), default=None)
 
 
 def latest(parent: Path) -> Path | None:

@@ -98,6 +98,13 @@ class Course:
             return ""
         return f"; the weights are in {folder}" + (f", and {self.job.again} goes on from there" if self.job.again else "")
 
+    def kept(self) -> str:
+        """Says from where the run can go on, where nothing can be saved any more."""
+        if self.job.out is None or not self.job.again:
+            return ""
+        kept = checkpoint.newest(self.job.out / "checkpoints")
+        return f"; {self.job.again} " + (f"goes on from {kept.name}" if kept else "begins anew: there is no checkpoint yet")
+
     def _evaluated(self, line: dict[str, Any]) -> None:
         """The step was taken: its line is complete once it is evaluated, where that is due, and goes to the metrics then."""
         job, number = self.job, line["step"]

@@ -71,6 +71,9 @@ def fit(
     from preftune.scoring.store import digest_of, open_store
 
     _check_fit_keys(keys)
+    _check_loaded("model", model)
+    if reference is not None:
+        _check_loaded("reference", reference)
     sync = {"sync_steps": reference_sync_steps, "sync_alpha": reference_sync_alpha}
     of_reference = {"store": None if reference_store is None else str(reference_store), **sync}
     own = {"model": str(getattr(model, "name_or_path", "")), "data": {}, "reference": of_reference}
@@ -113,6 +116,15 @@ _NOT_IN_FIT = {
     "resume": "preftune train has it",
     "trust_remote_code": "the model is loaded already",
 }
+
+
+def _check_loaded(key: str, given: Any) -> None:
+    """Refuses what is no model: a path, or the keys of a run's `reference`."""
+    if callable(getattr(given, "named_parameters", None)):
+        return
+    settings = "; what a run's config says under `reference` is reference_store=, reference_sync_steps=, reference_sync_alpha="
+    line = f"fit takes a loaded model of transformers, not {given!r:.80}" + (settings if isinstance(given, dict) else "")
+    raise Refusal(line, code="not_a_model", key=key)
 
 
 def _check_fit_keys(keys: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def run(job: Job, stop: Stop) -> Run:
         except Exception as error:  # nothing that was trained is lost, whatever it is
             # in parts it takes all processes to save, and these errors may have come to this one alone
             alone = job.in_parts and (not isinstance(error, RunFailed) or error.code == "out_of_memory")
-            saved = course.saved() if course and result.metrics and not alone else ""
+            saved = (course.kept() if alone else course.saved()) if course and result.metrics else ""
             if isinstance(error, RunFailed):
                 error.message += saved
                 raise
