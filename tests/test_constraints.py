@@ -225,6 +225,22 @@ def test_a_cost_is_lowered() -> None:
     assert twice[0] == twice[1]  # seeded
 
 
+def test_phrases_and_costs_of_one_run_each_have_their_own_rows() -> None:
+    own = {"cost": "test_constraints:length", "max_new_tokens": 8}
+    alone: dict[str, dict[str, Any]] = {
+        "few": {**own, "samples": 2, "weight": 0.1},
+        "phrases": {"phrases": ["sorry", "no way"], "weight": 0.5, "threshold": -100.0},
+        "many": {**own, "samples": 3, "weight": 0.2},
+    }
+    (together,) = first_line(alone)
+    loss = start = plain()[0]["loss"]
+    for name, constraint in alone.items():
+        (line,) = first_line({name: constraint}, seed=1 if name == "many" else 0)  # each cost draws its own samples
+        assert together[f"constraint/{name}"] == pytest.approx(line[f"constraint/{name}"], rel=1e-5), name
+        loss += line["loss"] - start
+    assert together["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_a_costs_loss_by_hand() -> None:
     """The mean over the samples of a prompt of what they cost over the threshold; one has three of them, one two."""
     options = methods.options_of({"constraints": {"c": {"cost": "test_constraints:length", "samples": 3, "threshold": 2.0}}})
