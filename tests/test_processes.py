@@ -124,9 +124,7 @@ def test_a_run_in_parts_is_saved_whole_and_goes_on_in_one_process(
 @pytest.mark.parametrize(
     ("parallel", "said"), [("replicate", "goes on from there"), ("fsdp", "begins anew: there is no checkpoint yet")]
 )
-def test_a_process_that_dies_ends_the_run_with_what_was_trained(
-    parallel: str, said: str, files: Path, tmp_path: Path
-) -> None:
+def test_a_process_that_dies_ends_the_run_with_what_was_trained(parallel: str, said: str, files: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     running = start(2, *words(files, "steps=2000", f"train.parallel={parallel}", f"out={out}"))
     until = time.monotonic() + 120

@@ -175,7 +175,7 @@ def make_run(run: Path, steps: int = 400, **changed: Any) -> Path:
         "config.yaml": CONFIG,
     }
     for name in changed:
-        named = {"metrics": "metrics.jsonl", "samples": "samples.jsonl", "config": "config.yaml"}
+        named = {name: f"{name}.jsonl" for name in ("metrics", "warnings", "samples")} | {"config": "config.yaml"}
         content[named.get(name, f"{name}.json")] = changed[name]
     for name, value in content.items():
         if value is not None:
@@ -440,6 +440,14 @@ def test_the_diagnosis_stands_on_the_page(tmp_path: Path) -> None:
     )
     assert "The weights kept" not in healthy.text
     assert "Diagnosis" not in Page(page_of(make_run(tmp_path / "bare", metrics=[]))).text
+
+
+def test_what_was_warned_of_stands_on_the_page(tmp_path: Path) -> None:
+    warned = [{"step": 1250, "kind": "loss_spike", "message": "the loss is <b>9.1</b>, and was about 0.6"}]
+    page = Page(page_of(make_run(tmp_path / "warned", warnings=warned)))
+    assert "Warned of while it ran" in page.text and "1,250 the loss is <b>9.1</b>, and was about 0.6" in page.text
+    calm = Page(page_of(make_run(tmp_path / "calm")))
+    assert "Warned of" not in calm.text and "warnings.jsonl" not in calm.text
 
 
 def test_answers_say_by_how_much_they_changed(tmp_path: Path) -> None:

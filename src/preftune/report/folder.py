@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 Json = dict[str, Any]
 T = TypeVar("T")
 
-# What the page cannot show without each file. demo.json is not here: only a demo has one.
+# What the page cannot show without each file. Only a demo has a demo.json, and only a run that was warned of a warnings.jsonl.
 WITHOUT = {
     "metrics.jsonl": "no curves",
     "evaluation.json": "no held-out figures before and after",
@@ -31,6 +31,7 @@ class RunFiles:
     config: str = ""
     settings: Json = field(default_factory=dict[str, Any])  # config.yaml, read
     metrics: list[Json] = field(default_factory=list[Json])
+    warnings: list[Json] = field(default_factory=list[Json])
     evaluation: Json = field(default_factory=dict[str, Any])
     data: Json = field(default_factory=dict[str, Any])
     samples: list[Json] = field(default_factory=list[Json])
@@ -62,6 +63,7 @@ def read(run: Path) -> RunFiles:
 
     files.demo = take("demo.json", _json_object, {})
     files.metrics = lines("metrics.jsonl")
+    files.warnings = lines("warnings.jsonl")
     files.evaluation = take("evaluation.json", _json_object, {})
     files.data = take("data.json", _json_object, {})
     files.samples = lines("samples.jsonl")

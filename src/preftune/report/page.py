@@ -60,6 +60,7 @@ def render(files: folder.RunFiles, drawn: list[curves.Plot]) -> str:
         reward_kl=curves.reward_kl(files.demo),
         diagnosis=diagnose(files) if drawn else None,
         kept=_kept(files),
+        warned=tables.warned(files.warnings),
         values=svg.values(drawn),
         tiles=tables.tiles(files),
         held_out=held_out,

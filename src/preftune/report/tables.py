@@ -280,6 +280,11 @@ def _changed(row: Json) -> tuple[float, float, str]:
     return round(1 - same, 3), tokens[1] - tokens[0], told
 
 
+def warned(lines: list[Json]) -> list[tuple[str, str]]:
+    """(step, what it showed) of warnings.jsonl."""
+    return [(plain(line.get("step")), _text(line.get("message"))) for line in lines]
+
+
 def environment(values: Json, prefix: str = "") -> list[tuple[str, str]]:
     """The environment as rows, nested names joined by dots."""
     rows: list[tuple[str, str]] = []
