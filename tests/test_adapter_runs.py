@@ -20,11 +20,12 @@ from test_trie import build
 from torch import Tensor
 
 import preftune
-from preftune.config import TrainKeys, resolve
+from preftune.config import resolve
 from preftune.data.render import render, render_prompts
 from preftune.errors import Refusal
 from preftune.evaluation.kl import kl_per_response
 from preftune.generation.sample import Sampling, sample
+from preftune.keys import TrainKeys
 from preftune.models import adapters
 from preftune.models.adapters import adapter_dropout_on, adapter_off, add_adapter, merged, trainable_adapter
 from preftune.models.inspect import facts

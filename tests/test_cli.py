@@ -26,7 +26,8 @@ from command import PAIRS, Answer, call, quietly, tree, write_model, write_rows
 import preftune
 from preftune.cli.app import VERBS
 from preftune.cli.console import Watch, setup
-from preftune.config import VERB_KEYS, all_keys
+from preftune.config import all_keys
+from preftune.keys import VERB_KEYS
 
 LINE = {
     *("step", "epoch", "loss", "grad_norm", "learning_rate", "margin", "accuracy", "reward/chosen", "reward/rejected"),

@@ -7,23 +7,12 @@ from typing import Any
 
 import pytest
 
-from preftune.config import (
-    VERB_KEYS,
-    DemoKeys,
-    EvaluateKeys,
-    GenerateKeys,
-    Group,
-    ScoreKeys,
-    TrainKeys,
-    all_keys,
-    build,
-    dump,
-    resolve,
-)
+from preftune.config import all_keys, build, dump, resolve
 from preftune.config_errors import ELSEWHERE
 from preftune.config_files import parse_word
 from preftune.data.options import Source
 from preftune.errors import Refusal, nearest
+from preftune.keys import VERB_KEYS, DemoKeys, EvaluateKeys, GenerateKeys, Keys, ScoreKeys, TrainKeys
 
 NEEDED = ["model=m", "data=d.jsonl"]
 
@@ -206,7 +195,7 @@ def test_a_home_folder_in_a_file_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("keys", [TrainKeys, EvaluateKeys])
 def test_a_beta_that_is_not_read_is_refused_as_a_word_and_said_of_a_file(
-    keys: type[Group], caplog: pytest.LogCaptureFixture
+    keys: type[Keys], caplog: pytest.LogCaptureFixture
 ) -> None:
     """One file may serve several methods, and what an earlier version wrote for SFT names a beta."""
     file = written("run.yaml", "model: m\ndata: d.jsonl\nbeta: 0.2\n")
@@ -305,7 +294,7 @@ def test_a_dump_without_words_is_all_defaults() -> None:
 
 
 @pytest.mark.parametrize(("verb", "keys"), VERB_KEYS.items(), ids=VERB_KEYS)
-def test_every_key_says_what_it_is(verb: str, keys: type[Group]) -> None:
+def test_every_key_says_what_it_is(verb: str, keys: type[Keys]) -> None:
     for key, text in all_keys(keys).items():
         assert len(text.removesuffix("]").split(" [")[0]) > 8, f"{verb}: {key} has no description"
 

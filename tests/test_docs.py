@@ -19,12 +19,13 @@ import preftune
 from preftune import methods
 from preftune.checks.codes import CHECKS
 from preftune.cli.app import VERBS
-from preftune.config import VERB_KEYS, TrainKeys, all_keys, build, resolve
+from preftune.config import all_keys, build, resolve
 from preftune.config_files import expand, merge, parse_word
 from preftune.data.faults import CODES
 from preftune.data.formats import FORMATS, fitting, understand
 from preftune.data.targets import TARGETS
 from preftune.errors import Refusal
+from preftune.keys import VERB_KEYS, TrainKeys
 from preftune.records import Ranking, Rating
 
 ROOT = Path(__file__).parents[1]

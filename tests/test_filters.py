@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from command import PAIRS, call, write_model, write_rows
 
-from preftune.config import ScoreKeys, TrainKeys, resolve
+from preftune.config import resolve
 from preftune.data.faults import RowFault
 from preftune.data.filters import BadFilter, parse
 from preftune.data.options import DataOptions
 from preftune.data.read import load
 from preftune.errors import Refusal
+from preftune.keys import ScoreKeys, TrainKeys
 
 ROW: dict[str, Any] = {
     "score": 4.5, "votes": "12", "lang": "en", "note": "it's fine", "flag": True, "word": "False", "none": None, "empty": "",

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 import preftune
 from preftune import losses, methods
-from preftune.config import TrainKeys, resolve
+from preftune.config import resolve
 from preftune.data.render import Batch, render
 from preftune.errors import RunFailed
+from preftune.keys import TrainKeys
 from preftune.methods.pairs import Pairwise
 from preftune.models import randomness
 from preftune.models.adapters import adapter_dropout_on, add_adapter

@@ -17,9 +17,10 @@ from test_resume import Killed, at, go_on, same
 
 import preftune
 from preftune import methods
-from preftune.config import TrainKeys, resolve
+from preftune.config import resolve
 from preftune.data.render import render
 from preftune.errors import Refusal, RunFailed
+from preftune.keys import TrainKeys
 from preftune.runs.course import Best
 from preftune.runs.metrics import open_metrics
 from preftune.runs.train import train

@@ -24,7 +24,7 @@ FLOORS = (
     ("methods",),
     ("evaluation",),
     ("checks",),
-    ("config_errors", "config_files", "config", "runs", "demo"),
+    ("config_errors", "config_files", "keys", "config", "runs", "demo"),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -34,15 +34,18 @@ STEPS = {
     ("processes", "errors"),
     ("config", "config_errors"),
     ("config", "config_files"),
+    ("config", "keys"),
+    ("runs", "keys"),
     ("runs", "config"),
     ("runs", "config_files"),
+    ("demo", "keys"),
     ("demo", "config"),
     ("demo", "runs"),
 }
 # besides the standard library and preftune itself
 ALONE = {"losses": {"torch"}, "labels": {"numpy", "scipy"}}
 HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "safetensors", "tokenizers"}
-LIGHT = ("report", "records", "errors", "config", "config_errors", "config_files")
+LIGHT = ("report", "records", "errors", "keys", "config", "config_errors", "config_files")
 
 
 def rooms(source: Path) -> Iterator[tuple[str, str, Path]]:
@@ -129,7 +132,7 @@ def test_a_planted_import_is_found(tmp_path: Path, file: str, line: str, says: s
 
 def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    lines = ["import torch", "from preftune import methods, report", "from preftune.config import TrainKeys"]
+    lines = ["import torch", "from preftune import methods, report", "from preftune.keys import TrainKeys"]
     (tmp_path / "runs" / "train.py").write_text("\n".join([*lines, "from preftune.runs import folder"]))
     assert violations(tmp_path) == []
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 import preftune
 from preftune import losses, methods
-from preftune.config import TrainKeys, build
+from preftune.config import build
 from preftune.data.render import Batch, render
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.methods.table import ELSEWHERE
 from preftune.methods.unpaired import mismatched, partners
 from preftune.models.adapters import adapter_dropout_on, add_adapter

@@ -13,9 +13,10 @@ import tolerances
 import torch
 
 import preftune
-from preftune.config import TrainKeys, build, dump, resolve
+from preftune.config import build, dump, resolve
 from preftune.data.render import render
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.models.adapters import add_adapter
 from preftune.models.options import AdapterOptions
 from preftune.scoring.score import score

@@ -13,9 +13,10 @@ from command import PAIRS, write_model, write_rows
 from test_resume import Killed, at, go_on, same
 
 from preftune import methods
-from preftune.config import TrainKeys, resolve
+from preftune.config import resolve
 from preftune.data.render import render
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.runs.train import _check_processes, train
 from preftune.scoring.scorer import Scorer
 from preftune.training import extras, memory, optimizers

@@ -15,9 +15,10 @@ import tiny
 from command import PAIRS, call, write_model, write_rows
 
 import preftune
-from preftune.config import EvaluateKeys, TrainKeys, resolve
+from preftune.config import resolve
 from preftune.data.options import Source
 from preftune.errors import Refusal
+from preftune.keys import EvaluateKeys, TrainKeys
 from preftune.records import Origin
 from preftune.training.method import Example
 from preftune.training.order import Mixing, check_curriculum, margins, ordered, systematic

@@ -11,9 +11,10 @@ import pytest
 import tiny
 from command import PAIRS, write_model, write_rows
 
-from preftune.config import TrainKeys, build
+from preftune.config import build
 from preftune.data.options import ScoredOptions
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.records import Comparison, Group, Message, Origin, Response
 from preftune.runs.prepare import RenderedData, from_groups, read_data, render_data
 

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from command import PAIRS, write_model, write_rows
 
-from preftune.config import TrainKeys, build
+from preftune.config import build
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.models.options import AdapterOptions
 from preftune.models.size import structure
 from preftune.runs import preview

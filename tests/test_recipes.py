@@ -11,7 +11,8 @@ import tiny
 from command import call
 
 from preftune import methods
-from preftune.config import TrainKeys, resolve
+from preftune.config import resolve
+from preftune.keys import TrainKeys
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
 ROWS: dict[str, list[dict[str, Any]]] = {

@@ -15,8 +15,9 @@ from command import PAIRS, call, write_model, write_rows
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from preftune.config import TrainKeys, resolve
+from preftune.config import resolve
 from preftune.errors import Interrupted, Refusal
+from preftune.keys import TrainKeys
 from preftune.runs import checkpoint, course, metrics
 from preftune.runs.resume import keys_of
 from preftune.runs.train import train

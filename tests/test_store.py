@@ -24,9 +24,10 @@ import transformers
 from command import PAIRS, call, tree, write_model, write_rows
 
 import preftune
-from preftune.config import TrainKeys, dump, resolve
+from preftune.config import dump, resolve
 from preftune.data.render import Batch, render
 from preftune.errors import Interrupted, Refusal, RunFailed
+from preftune.keys import TrainKeys
 from preftune.models.load import load_model
 from preftune.runs.train import train
 from preftune.scoring import store as module

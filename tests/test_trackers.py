@@ -12,8 +12,9 @@ import pytest
 from command import PAIRS, write_model, write_rows
 from test_resume import Killed, at, go_on
 
-from preftune.config import TrainKeys, resolve
+from preftune.config import resolve
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.runs.train import train
 from preftune.training import extras
 from preftune.training.options import TrainOptions

@@ -16,9 +16,10 @@ from crowd import Crowd
 
 import preftune
 from preftune import labels
-from preftune.config import TrainKeys, resolve
+from preftune.config import resolve
 from preftune.data.options import ScoredOptions, VotesMethod
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.records import By, Comparison, Group, Mark, Origin
 from preftune.runs.prepare import from_groups, read_data, render_data
 

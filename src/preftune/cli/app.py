@@ -18,9 +18,10 @@ import typer
 
 from preftune import __version__, processes
 from preftune.cli.console import setup
-from preftune.config import VERB_KEYS, all_keys
+from preftune.config import all_keys
 from preftune.data.targets import listing
 from preftune.errors import Interrupted, PreftuneError, Refusal, RunFailed, nearest
+from preftune.keys import VERB_KEYS
 from preftune.methods.table import by_marks
 from preftune.runs.folder import to_json
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from preftune.config import ChatKeys, resolve
+from preftune.config import resolve
 from preftune.errors import Refusal
+from preftune.keys import ChatKeys
 from preftune.models import inspect
 from preftune.records import Group, Message
 from preftune.runs.prepare import check_template

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from preftune.cli.console import Watch
-from preftune.config import CheckKeys, resolve
+from preftune.config import resolve
 from preftune.data.options import Source
 from preftune.errors import Refusal
+from preftune.keys import CheckKeys
 from preftune.runs import folder as files
 
 log = logging.getLogger("preftune")

@@ -13,9 +13,9 @@ from preftune.runs.prepare import load_said
 if TYPE_CHECKING:
     import torch
 
-    from preftune.config import DoctorKeys, EvaluateKeys, ScoreKeys
     from preftune.data.options import ScoredOptions
     from preftune.data.render import Batch
+    from preftune.keys import DoctorKeys, EvaluateKeys, ScoreKeys
     from preftune.records import Group
 
 

@@ -7,13 +7,14 @@ import logging
 from itertools import chain
 from typing import Any
 
-from preftune.config import ConvertKeys, resolve
+from preftune.config import resolve
 from preftune.data.convert import Conversion
 from preftune.data.formats import FORMATS
 from preftune.data.options import Source
 from preftune.data.targets import TARGETS, Target
 from preftune.data.writers import check_ending, write_rows
 from preftune.errors import Refusal, nearest
+from preftune.keys import ConvertKeys
 from preftune.runs import folder as files
 from preftune.runs.prepare import load_said
 

@@ -6,7 +6,8 @@ import logging
 from typing import Any
 
 from preftune.cli.console import Watch
-from preftune.config import DemoKeys, resolve
+from preftune.config import resolve
+from preftune.keys import DemoKeys
 from preftune.runs import folder as files
 
 log = logging.getLogger("preftune")

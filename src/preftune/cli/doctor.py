@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 from preftune import methods
-from preftune.config import DoctorKeys, resolve
+from preftune.config import resolve
 from preftune.errors import RunFailed
+from preftune.keys import DoctorKeys
 from preftune.models.inspect import check_adapter_of, facts
 from preftune.models.inspect import resolve as resolve_model
 

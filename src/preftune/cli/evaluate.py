@@ -9,8 +9,9 @@ from typing import Any
 
 from preftune import methods
 from preftune.cli.console import Watch
-from preftune.config import EvaluateKeys, resolve
+from preftune.config import resolve
 from preftune.errors import Refusal
+from preftune.keys import EvaluateKeys
 from preftune.models import inspect
 
 log = logging.getLogger("preftune")

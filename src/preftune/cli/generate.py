@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from preftune.cli.console import Watch
-from preftune.config import GenerateKeys, resolve
+from preftune.config import resolve
 from preftune.errors import Refusal
+from preftune.keys import GenerateKeys
 from preftune.models import inspect
 from preftune.records import Group
 from preftune.runs import folder as files

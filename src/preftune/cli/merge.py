@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from preftune.config import MergeKeys, resolve
+from preftune.config import resolve
 from preftune.errors import Refusal
+from preftune.keys import MergeKeys
 from preftune.models import inspect
 from preftune.models.options import NO_MERGE
 from preftune.runs import folder as files

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from preftune.cli.console import Watch
-from preftune.config import ScoreKeys, resolve
+from preftune.config import resolve
 from preftune.errors import Refusal
+from preftune.keys import ScoreKeys
 from preftune.records import Group, origins
 from preftune.runs import folder as files
 

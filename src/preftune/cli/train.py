@@ -9,8 +9,9 @@ from typing import Any
 from preftune import processes
 from preftune.cli.console import Watch
 from preftune.cli.report import say_findings
-from preftune.config import TrainKeys, resolve
+from preftune.config import resolve
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.runs.resume import is_resume, keys_of
 
 log = logging.getLogger("preftune")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from preftune import report
-from preftune.config import DemoKeys
 from preftune.data.render import render_prompts
 from preftune.demo import scorers
 from preftune.evaluation.intervals import mean_interval
@@ -26,6 +25,7 @@ from preftune.evaluation.kl import kl_per_response
 from preftune.evaluation.win_rate import win_rate
 from preftune.functions import judge
 from preftune.generation.sample import Sample, Sampling, sample
+from preftune.keys import DemoKeys
 from preftune.models.load import load_model, load_tokenizer
 from preftune.records import By, Comparison, Group, Response
 from preftune.runs import folder as files

@@ -10,9 +10,10 @@ from preftune import methods
 from preftune.checks.check import Checked, Progress, check
 from preftune.checks.codes import finding
 from preftune.checks.tokens import Tokens
-from preftune.config import CheckKeys, TrainKeys, build
+from preftune.config import build
 from preftune.data.options import Sources
 from preftune.errors import Refusal
+from preftune.keys import CheckKeys, TrainKeys
 from preftune.models.inspect import check_vocabulary, facts, resolve
 from preftune.runs import preview
 from preftune.runs.prepare import check_template

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preftune import methods, processes, report
-from preftune.config import TrainKeys, dump
+from preftune.config import dump
 from preftune.errors import Interrupted, Refusal, RunFailed
+from preftune.keys import TrainKeys
 from preftune.runs import folder as files
 from preftune.runs.prepare import RenderedData
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preftune import methods
-from preftune.config import TrainKeys, build, check_moving
+from preftune.config import build, check_moving
 from preftune.data.template import apply_template
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.models.inspect import Facts, check_adapter_of
 from preftune.records import Group
 from preftune.runs import folder as files

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from preftune import processes
-from preftune.config import TrainKeys
 from preftune.data.render import Batch
 from preftune.evaluation.evaluate import counted
+from preftune.keys import TrainKeys
 from preftune.scoring.score import score_logp
 from preftune.scoring.store import Stored
 from preftune.training.method import Method

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from preftune.config import TrainKeys, saved_values
+from preftune.config import saved_values
+from preftune.keys import TrainKeys
 from preftune.runs import folder as files
 from preftune.training import trackers
 from preftune.training.guards import Guards

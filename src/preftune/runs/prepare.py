@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from preftune import methods
-from preftune.config import TrainKeys
 from preftune.data.kept import check_marks
 from preftune.data.options import DataOptions
 from preftune.data.read import Part, Reading, enforce, load, say_drops, tally
@@ -18,6 +17,7 @@ from preftune.data.render import Batch, TooLong, render
 from preftune.data.split import split
 from preftune.data.template import read_template
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.records import Group
 from preftune.training.order import Mixing, check_curriculum
 

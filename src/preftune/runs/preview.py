@@ -11,9 +11,9 @@ from preftune.errors import Refusal
 from preftune.models.inspect import facts, resolve
 
 if TYPE_CHECKING:
-    from preftune.config import TrainKeys
     from preftune.data.render import Batch
     from preftune.data.render import Rendered as Sequence
+    from preftune.keys import TrainKeys
     from preftune.runs.prepare import RenderedData
     from preftune.training.estimate import Estimate
     from preftune.training.method import Example

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from preftune.config import TrainKeys, resolve, saved_values
+from preftune.config import resolve, saved_values
 from preftune.config_files import parse_word
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.runs import folder as files
 
 MAY_DIFFER = ("steps", "epochs", "train.trackers")

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from preftune import methods, processes
-from preftune.config import TrainKeys, check_moving
+from preftune.config import check_moving
 from preftune.data.template import apply_template
 from preftune.errors import Refusal
+from preftune.keys import TrainKeys
 from preftune.models.inspect import check_adapter_of, check_vocabulary, facts, resolve
 from preftune.runs import folder as files
 from preftune.runs import preview
