@@ -233,7 +233,7 @@ class _LinearLogp(Function):
         # blocks of the vocabulary, each with all rows: a row of W then gets its whole gradient in one product
         columns = _block(max(1, len(hidden)), ctx.entries)
         whole = columns >= len(weight)
-        d_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if whole else torch.float32) if for_hidden else None
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if for_hidden and not whole else None
         into = ctx.into() if for_weight and ctx.into else None
         d_weight = torch.empty_like(weight) if for_weight and into is None else None
         d_bias = torch.empty_like(bias) if for_bias else None
@@ -247,8 +247,10 @@ class _LinearLogp(Function):
             if d_bias is not None:
                 d_bias[first : first + columns] = gradient.sum(0)
             gradient = gradient.to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden = gradient @ w if whole else d_hidden.add_(gradient @ w)
+            if for_hidden and whole:
+                d_hidden = gradient @ w
+            elif d_hidden is not None:
+                _add_product(d_hidden, gradient, w)
             if d_weight is not None:
                 torch.mm(gradient.T, hidden, out=d_weight[first : first + columns])
             if into is not None:
