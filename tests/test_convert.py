@@ -290,6 +290,26 @@ def test_other_columns_are_counted() -> None:
     assert conversion.beyond == {"preference": 1, "annotator": 1, "side": 1}
 
 
+@pytest.mark.parametrize(
+    ("to", "first", "then"),
+    [
+        ("llamafactory_pairs", {"messages", "chosen", "rejected"}, {"system", "tools"}),
+        ("alpaca_pairs", {"prompt", "query", "chosen", "rejected"}, {"system", "history", "tools"}),
+    ],
+)
+def test_the_entry_names_the_columns_that_are_there(to: str, first: set[str], then: set[str]) -> None:
+    """LLaMA-Factory looks up every column of the entry in every row."""
+    past = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    rich = {**PAIR, "prompt": past, "tools": [{"name": "f"}]}
+    for rows, expected in (([PAIR], first), ([PAIR, rich], first | then)):
+        conversion = Conversion(TARGETS[to])
+        names = {name for row in conversion.rows(load(rows).groups) for name in row}
+        entry = conversion.entry("x.json")
+        assert entry is not None
+        assert (entry["file_name"], set(entry["columns"]), set(entry["columns"].values())) == ("x.json", expected, names)
+    assert Conversion(TARGETS["pairs"]).entry("x.json") is None
+
+
 def test_what_would_come_back_as_something_else_is_not_written() -> None:
     """A blank system message has no place where `system` is a column: reading it back, the row has none."""
     rows = [{**PAIR, "prompt": [{"role": "system", "content": " "}, {"role": "user", "content": "q"}]}]

@@ -16,13 +16,14 @@ _NAMES = {Comparison: "comparisons", Ranking: "rankings", Rating: "ratings", Dem
 @dataclass
 class Conversion:
     """Rows of a target, made while they are asked for. `lost`: what it has no place for, by reason; `changed`: what stands
-    there as something else; `beyond`: rows with a column that is not the format's own."""
+    there as something else; `columns`: all that its rows have; `beyond`: rows with a column that is not the format's own."""
 
     target: Target
     pairs: Pairs = "all"
     written: int = 0
     lost: Counter[str] = field(default_factory=Counter[str])
     changed: Counter[str] = field(default_factory=Counter[str])
+    columns: set[str] = field(default_factory=set[str])
     beyond: Counter[str] = field(default_factory=Counter[str])
 
     def rows(self, groups: Iterable[Group]) -> Iterator[dict[str, Any]]:
@@ -38,8 +39,16 @@ class Conversion:
                 if formed.is_text != piece.is_text:
                     self.changed["conversations to text" if formed.is_text else "text to conversations"] += 1
                 self.written += 1
+                self.columns.update(row)
                 self.beyond.update(beyond)
                 yield row
+
+    def entry(self, file: str) -> dict[str, Any] | None:
+        """What LLaMA-Factory has to know of the file. It looks up every column that is named there: only those that rows have."""
+        if self.target.entry is None:
+            return None
+        columns = {theirs: own for theirs, own in self.target.entry["columns"].items() if own in self.columns}
+        return {"file_name": file, **self.target.entry, "columns": columns}
 
     def summary(self) -> list[str]:
         """What a person has to know beside the number of rows."""

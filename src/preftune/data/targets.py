@@ -43,7 +43,7 @@ class Piece:
 class Target:
     """One format that is written. `takes` is what its rows hold: a better and a worse answer, any judgement of several, a
     rating, an answer to imitate. `reads_as` names the format that reads it back; `form` is what its prompts and answers are.
-    `entry` is what LLaMA-Factory's dataset_info.json needs."""
+    `entry` is what LLaMA-Factory's dataset_info.json needs, with all columns that its rows may have."""
 
     name: str
     title: str
@@ -222,7 +222,7 @@ def _ranking(piece: Piece) -> Row:
 
 
 _SHAREGPT_COLUMNS = {"messages": "conversations", "system": "system", "tools": "tools"}
-_ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "system": "system", "history": "history"}
+_ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "system": "system", "history": "history", "tools": "tools"}
 _PAIR_COLUMNS = {"chosen": "chosen", "rejected": "rejected"}
 
 _TABLE = (
