@@ -53,10 +53,10 @@ class Target:
     form: Literal["either", "conversation", "text"] = "either"
     entry: Mapping[str, Any] | None = None
 
-    def written(self, piece: Piece) -> tuple[Row, frozenset[str]]:
+    def written(self, piece: Piece) -> tuple[Row, list[str]]:
         """(row, columns beyond those of the format). Raises Unheld where the format has no place for the piece."""
         row = self.row(piece)
-        own = frozenset(row)
+        own = {*row}
         row |= {name: held for name, held in _said(piece.mark).items() if name not in row}
         if piece.tools:
             row["tools"] = [*piece.tools] if self.entry is None else json.dumps(piece.tools, ensure_ascii=False)
@@ -69,7 +69,7 @@ class Target:
         same = example.prompt == piece.prompt and tuple(content for content, _ in example.answers) == piece.answers
         if not same or example.tools != piece.tools or [*example.marks] != [replace(piece.mark, origin=None)]:
             raise Unheld("would be read back as something else")
-        return row, frozenset(row) - own - {"tools"}
+        return row, [name for name in row if name not in own and name != "tools"]
 
 
 def _said(mark: Comparison | Ranking | Rating | Demonstration) -> Row:
