@@ -330,6 +330,7 @@ def test_half_a_surrogate_pair_in_a_remark_is_written(tmp_path: Path) -> None:
     ("name", "row", "column"),
     [
         ("out.csv", {**PAIR, "prompt": [{"role": "user", "content": "q"}]}, "prompt"),
+        ("out.tsv.gz", {**PAIR, "prompt": [{"role": "user", "content": "q"}]}, "prompt"),
         ("out.parquet", CHAT, "chosen"),
         ("out.parquet", [PAIR, {**PAIR, "prompt": [{"role": "user", "content": "q"}]}], "prompt"),
     ],
@@ -340,6 +341,7 @@ def test_a_file_that_cannot_hold_messages_is_refused(tmp_path: Path, name: str, 
         write_rows(tmp_path / name, conversion.rows(load(row if isinstance(row, list) else [row]).groups))
     assert (refused.value.code, refused.value.column) == ("wrong_ending", column)
     assert not list(tmp_path.iterdir()), "neither the file nor what was written aside"
+    assert name.endswith(".parquet") or refused.value.message.startswith(name.removeprefix("out").removesuffix(".gz"))
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
