@@ -254,12 +254,16 @@ def lost(rows: list[Any], to: str, **keys: Any) -> tuple[int, dict[str, int], di
 
 RANKED = {"prompt": "q", "responses": ["x", "y", "z"], "ranking": [[0], [1, 2]]}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+DIALOGUE = {"chosen": "\n\nHuman: q\n\nAssistant: x", "rejected": "\n\nHuman: q\n\nAssistant: y"}
 CHAT = {"prompt": [{"role": "user", "content": "q"}], "chosen": [CALL], "rejected": "y"}
 LOST = [
     ([{**PAIR, "preference": 0.5}, PAIR], "pairs", {}, 1, {"ties": 1}, {}),
     ([RANKED], "pairs", {}, 2, {"ties": 1}, {"rankings to comparisons": 1}),
     ([{**RANKED, "ranking": [0, 1, 2]}], "pairs", {"pairs": "best_vs_rest"}, 2, {}, {"rankings to comparisons": 1}),
     ([PAIR], "pairs_messages", {}, 1, {}, {"text to conversations": 1}),
+    ([DIALOGUE], "pairs_messages", {}, 1, {},
+     {"whole HH dialogues to one question each (data.format=hh_messages reads their turns)": 1}),
+    ([DIALOGUE], "pairs", {}, 1, {}, {}),
     ([{**PAIR, "prompt": ""}], "pairs_messages", {}, 0, {"answers without a prompt": 1}, {}),
     ([PAIR], "hh", {}, 0, {"prompts that are no HH dialogues": 1}, {}),
     ([CHAT], "llamafactory_pairs", {}, 0, {"messages with tool_calls": 1}, {}),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from preftune.data.targets import Piece, Target, Unheld, conversation, hh_text
+from preftune.data.targets import Piece, Target, Unheld, conversation, hh_text, is_hh
 from preftune.records import By, Comparison, Content, Demonstration, Group, Mark, Pairs, Ranking, Rating
 
 _NAMES = {Comparison: "comparisons", Ranking: "rankings", Rating: "ratings", Demonstration: "demonstrations"}
@@ -37,14 +37,14 @@ class Conversion:
                     self.lost[str(why)] += 1
                     continue
                 if formed.is_text != piece.is_text:
-                    self.changed["conversations to text" if formed.is_text else "text to conversations"] += 1
+                    self.changed[_form_change(piece)] += 1
                 self.written += 1
                 self.columns.update(row)
                 self.beyond.update(beyond)
                 yield row
 
     def entry(self, file: str) -> dict[str, Any] | None:
-        """What LLaMA-Factory has to know of the file. It looks up every column that is named there: only those that rows have."""
+        """What LLaMA-Factory has to know of the file. It looks up every column that is named: only those that rows have."""
         if self.target.entry is None:
             return None
         columns = {theirs: own for theirs, own in self.target.entry["columns"].items() if own in self.columns}
@@ -148,6 +148,15 @@ def _best(mark: Comparison | Ranking | Rating) -> Sequence[int]:
     if isinstance(mark, Rating):
         return (mark.response,) if mark.desirable else ()
     return (mark.ordered[0],) if mark.preference != 0.5 else ()
+
+
+def _form_change(piece: Piece) -> str:
+    """Text became a conversation, or the other way round. Of a dialogue that was read as text, all turns are one question."""
+    if not piece.is_text:
+        return "conversations to text"
+    if is_hh(piece.prompt):
+        return "whole HH dialogues to one question each (data.format=hh_messages reads their turns)"
+    return "text to conversations"
 
 
 def _better_first(pair: Comparison) -> Comparison:

@@ -149,9 +149,14 @@ def _openrlhf(piece: Piece) -> Row:
     return {"chosen": chosen, "rejected": rejected}
 
 
+def is_hh(prompt: Content) -> bool:
+    """Whether the prompt is the text of an HH dialogue."""
+    return isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.endswith(ASSISTANT)
+
+
 def _hh(piece: Piece) -> Row:
     assert isinstance(piece.prompt, str)
-    if not piece.prompt.startswith(HUMAN) or not piece.prompt.endswith(ASSISTANT):
+    if not is_hh(piece.prompt):
         raise Unheld("prompts that are no HH dialogues")
     chosen, rejected = (f"{piece.prompt}{answer}" for answer in piece.answers)
     return {"chosen": chosen, "rejected": rejected}
