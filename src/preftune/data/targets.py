@@ -242,7 +242,7 @@ _TABLE = (
     Target("alpaca_pairs", "LLaMA-Factory pairs (alpaca)", "comparisons", "alpaca_pairs", _alpaca_pair, "conversation",
            {"ranking": True, "columns": _ALPACA_COLUMNS | _PAIR_COLUMNS}),
     Target("swift_pairs", "ms-swift pairs", "comparisons", "swift_pairs", _swift_pair, "conversation"),
-    Target("ranking", "rankings and comparisons, nothing lost", "judgements", "ranking", _ranking),
+    Target("ranking", "rankings and comparisons, ties too", "judgements", "ranking", _ranking),
     Target("ratings", "TRL unpaired preferences", "ratings", "ratings", _labelled(_one, "label")),
     Target("llamafactory_ratings", "LLaMA-Factory KTO rows (sharegpt)", "ratings", "conversation_ratings",
            _labelled(_conversations, "kto_tag"), "conversation",
