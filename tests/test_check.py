@@ -232,6 +232,15 @@ def test_length_bias_by_hand() -> None:
     assert high == pytest.approx(0.75 + 1.96 * (0.75 * 0.25 / 40) ** 0.5, abs=0.03)
 
 
+def test_what_helps_against_a_length_bias_is_by_its_side() -> None:
+    """r_dpo counts a longer answer as better than it is: its model writes shorter."""
+    lengths = {"longer": (" long long long", " short"), "shorter": (" short", " long long long")}
+    for side, (chosen, rejected) in lengths.items():
+        (found,) = findings(check([pair(n, chosen=chosen, rejected=rejected) for n in range(60)]).report, "length_bias")
+        assert f"learn to write {side}" in found["message"]
+        assert ("r_dpo" in found["message"]) == (side == "longer")
+
+
 def test_labels_of_dropped_rows_count() -> None:
     """By the last answer: what stands before it differs here, which is why the row is dropped."""
     asked = "\n\nHuman: {}\n\nAssistant: {}"
