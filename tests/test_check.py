@@ -105,6 +105,7 @@ def test_the_command_says_it_and_exits_by_the_worst(tmp_path: Path, capsys: pyte
     answer = call(capsys, "check", str(twice), "--json")
     assert answer.code == 0 and rows_of(answer.json, "duplicate_row") == [3], "a warning is no refusal"
     assert "duplicate_row" in call(capsys, "check", str(twice), "--quiet").out
+    assert "not used: data.votes" in call(capsys, "check", str(twice), "data.votes=majority").err
 
 
 def test_too_many_dropped_is_an_error_of_the_whole(tmp_path: Path) -> None:
