@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -258,6 +259,7 @@ DIALOGUE = {"chosen": "\n\nHuman: q\n\nAssistant: x", "rejected": "\n\nHuman: q\
 CHAT = {"prompt": [{"role": "user", "content": "q"}], "chosen": [CALL], "rejected": "y"}
 LOST = [
     ([{**PAIR, "preference": 0.5}, PAIR], "pairs", {}, 1, {"ties": 1}, {}),
+    ([{**PAIR, "preference": math.nextafter(0.5, 0)}], "pairs", {}, 0, {"ties": 1}, {}),
     ([RANKED], "pairs", {}, 2, {"ties": 1}, {"rankings to comparisons": 1}),
     ([{**RANKED, "ranking": [0, 1, 2]}], "pairs", {"pairs": "best_vs_rest"}, 2, {}, {"rankings to comparisons": 1}),
     ([PAIR], "pairs_messages", {}, 1, {}, {"text to conversations": 1}),

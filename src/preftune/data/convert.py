@@ -100,11 +100,11 @@ class Conversion:
             assert isinstance(mark, (Comparison, Ranking))
             if isinstance(mark, Ranking):
                 self.changed["rankings to comparisons"] += 1
-            for pair in mark.pairs(self.pairs):
-                if pair.preference == 0.5:
+            for pair in map(_better_first, mark.pairs(self.pairs)):
+                if pair.preference == 0.5:  # of 0.49999999999999994 the other side's is 0.5, too
                     self.lost["ties"] += 1
                 else:
-                    yield _better_first(pair)
+                    yield pair
 
     def _rated(self, marks: Sequence[Mark]) -> Iterator[Mark]:
         """Ratings; of a comparison one of the better and one of the worse answer."""
@@ -160,8 +160,8 @@ def _form_change(piece: Piece) -> str:
 
 
 def _better_first(pair: Comparison) -> Comparison:
-    """The same comparison with the likelier winner as `a`."""
-    if pair.preference > 0.5:
+    """The same comparison with the likelier winner as `a`; ties as they stand."""
+    if pair.preference >= 0.5:
         return pair
     other: dict[str, Any] = {"a": "b", "b": "a", "": ""}
     by = replace(pair.by, side=other[pair.by.side]) if pair.by else None
