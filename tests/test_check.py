@@ -105,6 +105,7 @@ def test_the_command_says_it_and_exits_by_the_worst(tmp_path: Path, capsys: pyte
     answer = call(capsys, "check", str(twice), "--json")
     assert answer.code == 0 and rows_of(answer.json, "duplicate_row") == [3], "a warning is no refusal"
     assert "duplicate_row" in call(capsys, "check", str(twice), "--quiet").out
+    assert "not used: data.votes" in call(capsys, "check", str(twice), "data.votes=majority").err
 
 
 def test_too_many_dropped_is_an_error_of_the_whole(tmp_path: Path) -> None:
@@ -230,6 +231,15 @@ def test_length_bias_by_hand() -> None:
     low, high = length["without_equal_interval"]
     assert low == pytest.approx(0.75 - 1.96 * (0.75 * 0.25 / 40) ** 0.5, abs=0.03)
     assert high == pytest.approx(0.75 + 1.96 * (0.75 * 0.25 / 40) ** 0.5, abs=0.03)
+
+
+def test_what_helps_against_a_length_bias_is_by_its_side() -> None:
+    """r_dpo counts a longer answer as better than it is: its model writes shorter."""
+    lengths = {"longer": (" long long long", " short"), "shorter": (" short", " long long long")}
+    for side, (chosen, rejected) in lengths.items():
+        (found,) = findings(check([pair(n, chosen=chosen, rejected=rejected) for n in range(60)]).report, "length_bias")
+        assert f"learn to write {side}" in found["message"]
+        assert ("r_dpo" in found["message"]) == (side == "longer")
 
 
 def test_labels_of_dropped_rows_count() -> None:

@@ -24,7 +24,7 @@ import tiny
 from command import PAIRS, Answer, call, quietly, tree, write_model, write_rows
 
 import preftune
-from preftune.cli.app import VERBS
+from preftune.cli.app import VERBS, WORDS
 from preftune.cli.console import Watch, setup
 from preftune.config import all_keys
 from preftune.keys import VERB_KEYS
@@ -606,6 +606,7 @@ def test_demo(preftune_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     answer = call(capsys, verb, "--help")
     assert (answer.code, answer.err) == (0, "")
+    assert answer.out.startswith(f"Usage: preftune {verb} {WORDS[verb]} [OPTIONS]\n")
     assert VERBS[verb].split(".")[0] in " ".join(answer.out.split())  # lines are as long as the terminal is wide
     for key in all_keys(VERB_KEYS[verb]) if verb in VERB_KEYS else ():
         assert re.search(rf"^ +{re.escape(key)} ", answer.out, re.M), key

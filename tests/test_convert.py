@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -254,12 +255,17 @@ def lost(rows: list[Any], to: str, **keys: Any) -> tuple[int, dict[str, int], di
 
 RANKED = {"prompt": "q", "responses": ["x", "y", "z"], "ranking": [[0], [1, 2]]}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+DIALOGUE = {"chosen": "\n\nHuman: q\n\nAssistant: x", "rejected": "\n\nHuman: q\n\nAssistant: y"}
 CHAT = {"prompt": [{"role": "user", "content": "q"}], "chosen": [CALL], "rejected": "y"}
 LOST = [
     ([{**PAIR, "preference": 0.5}, PAIR], "pairs", {}, 1, {"ties": 1}, {}),
+    ([{**PAIR, "preference": math.nextafter(0.5, 0)}], "pairs", {}, 0, {"ties": 1}, {}),
     ([RANKED], "pairs", {}, 2, {"ties": 1}, {"rankings to comparisons": 1}),
     ([{**RANKED, "ranking": [0, 1, 2]}], "pairs", {"pairs": "best_vs_rest"}, 2, {}, {"rankings to comparisons": 1}),
     ([PAIR], "pairs_messages", {}, 1, {}, {"text to conversations": 1}),
+    ([DIALOGUE], "pairs_messages", {}, 1, {},
+     {"whole HH dialogues to one question each (data.format=hh_messages reads their turns)": 1}),
+    ([DIALOGUE], "pairs", {}, 1, {}, {}),
     ([{**PAIR, "prompt": ""}], "pairs_messages", {}, 0, {"answers without a prompt": 1}, {}),
     ([PAIR], "hh", {}, 0, {"prompts that are no HH dialogues": 1}, {}),
     ([CHAT], "llamafactory_pairs", {}, 0, {"messages with tool_calls": 1}, {}),
@@ -287,7 +293,27 @@ def test_other_columns_are_counted() -> None:
     conversion = Conversion(TARGETS["pairs"])
     rows = [*conversion.rows(load([{**PAIR, "preference": 0.2, "annotator": "w", "side": "left"}, PAIR]).groups)]
     assert rows[0] == {"prompt": "q", "chosen": "y", "rejected": "x", "preference": 0.8, "annotator": "w", "side": "b"}
-    assert conversion.beyond == {"preference": 1, "annotator": 1, "side": 1}
+    assert list(conversion.beyond.items()) == [("annotator", 1), ("side", 1), ("preference", 1)]
+
+
+@pytest.mark.parametrize(
+    ("to", "first", "then"),
+    [
+        ("llamafactory_pairs", {"messages", "chosen", "rejected"}, {"system", "tools"}),
+        ("alpaca_pairs", {"prompt", "query", "chosen", "rejected"}, {"system", "history", "tools"}),
+    ],
+)
+def test_the_entry_names_the_columns_that_are_there(to: str, first: set[str], then: set[str]) -> None:
+    """LLaMA-Factory looks up every column of the entry in every row."""
+    past = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    rich = {**PAIR, "prompt": past, "tools": [{"name": "f"}]}
+    for rows, expected in (([PAIR], first), ([PAIR, rich], first | then)):
+        conversion = Conversion(TARGETS[to])
+        names = {name for row in conversion.rows(load(rows).groups) for name in row}
+        entry = conversion.entry("x.json")
+        assert entry is not None
+        assert (entry["file_name"], set(entry["columns"]), set(entry["columns"].values())) == ("x.json", expected, names)
+    assert Conversion(TARGETS["pairs"]).entry("x.json") is None
 
 
 def test_what_would_come_back_as_something_else_is_not_written() -> None:
@@ -310,6 +336,7 @@ def test_half_a_surrogate_pair_in_a_remark_is_written(tmp_path: Path) -> None:
     ("name", "row", "column"),
     [
         ("out.csv", {**PAIR, "prompt": [{"role": "user", "content": "q"}]}, "prompt"),
+        ("out.tsv.gz", {**PAIR, "prompt": [{"role": "user", "content": "q"}]}, "prompt"),
         ("out.parquet", CHAT, "chosen"),
         ("out.parquet", [PAIR, {**PAIR, "prompt": [{"role": "user", "content": "q"}]}], "prompt"),
     ],
@@ -320,6 +347,7 @@ def test_a_file_that_cannot_hold_messages_is_refused(tmp_path: Path, name: str, 
         write_rows(tmp_path / name, conversion.rows(load(row if isinstance(row, list) else [row]).groups))
     assert (refused.value.code, refused.value.column) == ("wrong_ending", column)
     assert not list(tmp_path.iterdir()), "neither the file nor what was written aside"
+    assert name.endswith(".parquet") or refused.value.message.startswith(name.removeprefix("out").removesuffix(".gz"))
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:

@@ -184,7 +184,8 @@ def test_what_is_left_out_of_a_row_is_a_warning_and_drops_nothing() -> None:
     assert [(f.code, f.severity, f.column) for f in reading.findings] == [("empty_answer", "warning", "answers 2")]
     assert (reading.kept, reading.dropped) == (1, Counter())
     assert [o.column for r in reading.groups[0].responses for o in r.origins] == ["answers 1", "answers 3", "answers 4"]
-    assert reading.summary() == ["rows: 1 rows read as rankings, 3 answers a prompt"]
+    (line,) = reading.summary()
+    assert line == "rows: 1 rows read as rankings, 3 answers a prompt; answers left out: empty_answer 1 (row 1)"
 
 
 def test_datasets(tmp_path: Path) -> None:

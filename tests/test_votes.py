@@ -20,6 +20,7 @@ from preftune.config import resolve
 from preftune.data.options import ScoredOptions, VotesMethod
 from preftune.errors import Refusal
 from preftune.keys import TrainKeys
+from preftune.labels.summary import Summary
 from preftune.records import By, Comparison, Group, Mark, Origin
 from preftune.runs.prepare import from_groups, read_data, render_data
 
@@ -121,6 +122,11 @@ def test_one_line_says_what_the_labels_were_made_of(caplog: pytest.LogCaptureFix
     }  # fmt: skip
     assert told["alpha"] == pytest.approx(float(labels.krippendorff_alpha(crowd.table.counts())))
     assert [text.partition(":")[0] for text in told["to_look_at"]] == ["w9"]
+
+
+def test_numbers_of_the_line_have_their_commas() -> None:
+    line = str(Summary(votes=84445, annotators=3815, items=16927, several=16927, alpha=float("nan"), to_look_at=()))
+    assert line == "84,445 votes of 3,815 annotators on 16,927 pairs"
 
 
 def test_it_is_said_where_there_is_nothing_to_make_labels_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -78,6 +78,8 @@ def _consistent(run: K) -> K:
     if isinstance(run, CheckKeys) and run.model is None:
         for name in _changed(run, "dtype", "batch_size", "max_length", "trust_remote_code"):
             raise Refusal("only a model's tokenizer or run reads it: add model=...", code="unused_key", key=name)
+    if isinstance(run, CheckKeys) and run.data.votes:
+        log.info("not used: data.votes; the check looks at every vote by itself")
     if isinstance(run, GenerateKeys) and run.beams > 1:
         for name in _changed(run, "temperature", "top_k", "top_p"):
             line = f"beam search does not sample: leave {name} away, or beams=1"

@@ -57,11 +57,11 @@ def length_bias(
     share, ends = result["without_equal"], result["without_equal_interval"]
     if share is None or unequal.sum() < FEW or ends[0] <= 0.5 <= ends[1]:
         return result, []
-    side = "longer" if share > 0.5 else "shorter"
+    side, methods = ("longer", "simpo or r_dpo") if share > 0.5 else ("shorter", "simpo")  # r_dpo itself prefers shorter ones
     wins = f"{percent(max(share, 1 - share))} of {int(unequal.sum()):,} comparisons of unequal length"
     what = (
         f"the {side} answer wins {wins}, 50 % by chance: the model will learn to write {side}; compare lengths "
-        "before and after, or train with method=simpo or r_dpo"
+        f"before and after, or train with method={methods}"
     )
     return result, [finding("length_bias", what, mild=abs(share - 0.5) < FAR)]
 

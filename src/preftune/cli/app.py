@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from preftune import __version__, processes
 from preftune.cli.console import setup
@@ -37,25 +38,39 @@ app = typer.Typer(
     "Every verb takes one YAML file and/or key=value words, the same keys both ways; later words win.",
 )
 
-Words = Annotated[list[str] | None, typer.Argument(metavar="[RUN.yaml] [key=value ...]", show_default=False)]
+Words = Annotated[list[str] | None, typer.Argument(hidden=True)]  # the usage line says what they are
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, the rest on standard error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 
 VERBS = {
-    "check": "Say what is wrong with data, row by row, before anything is trained: check DATA ... [model=M] [out=PAGE.html]",
+    "check": "Say what is wrong with data, row by row, before training.",
     "train": "Train a model on preferences, rankings, ratings or demonstrations.",
     "evaluate": "Held-out accuracy of a model, or its win rate against another.",
     "score": "Log-probability of every response, one JSON line each.",
     "generate": "Sample responses to prompts.",
     "doctor": "Check on your model and rows that scores are exact, and what a run takes.",
     "chat": "Talk to a model or a run.",
-    "convert": "Write data as another format, and say what that cannot hold: convert IN OUT to=FORMAT",
-    "merge": "Fold an adapter run into a plain model: merge RUN out=DIR.",
-    "report": "Write the report of runs again, and compare several on one page: report RUN ... [out=PAGE.html]",
+    "convert": "Write data as another format, and say what that cannot hold.",
+    "merge": "Fold an adapter run into a plain model.",
+    "report": "Write the report of runs again, and compare several on one page.",
     "demo": "The controlled-sentiment experiment, from the packaged model to a verdict.",
 }
 
+WORDS = dict.fromkeys(VERBS, "[RUN.yaml] [key=value ...]") | {
+    "check": "DATA ... [RUN.yaml] [key=value ...]",
+    "convert": "IN OUT to=FORMAT [key=value ...]",
+    "merge": "RUN out=DIR [key=value ...]",
+    "report": "RUN ... [out=PAGE.html]",
+}
+
 LATER = ("judge", "iterate", "label", "sweep", "monitor")
+
+
+class _Verb(TyperCommand):
+    """A command whose usage line names the words of the verb."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [WORDS[self.name or ""], "[OPTIONS]"]
 
 
 def _epilog(verb: str) -> str:
@@ -107,7 +122,7 @@ def _stoppable() -> Generator[None]:
 
 
 for verb, text in VERBS.items():
-    app.command(verb, help=text, epilog=_epilog(verb))(_verb(verb))
+    app.command(verb, cls=_Verb, help=text, epilog=_epilog(verb))(_verb(verb))
 
 
 def _version(value: bool) -> None:

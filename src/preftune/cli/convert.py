@@ -43,8 +43,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     log.info(f"{out}: {conversion.written:,} rows written as {target.title}")
     for line in conversion.summary():
         log.warning(f"{out}: {line}")
-    entry = None if target.entry is None else {"file_name": out.name, **target.entry}
-    if entry:
+    if entry := conversion.entry(out.name):
         log.info(f"entry in dataset_info.json: {json.dumps({out.name.split('.')[0]: entry})}")
     return {
         "out": str(out),

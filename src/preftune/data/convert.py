@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from preftune.data.targets import Piece, Target, Unheld, conversation, hh_text
+from preftune.data.targets import Piece, Target, Unheld, conversation, hh_text, is_hh
 from preftune.records import By, Comparison, Content, Demonstration, Group, Mark, Pairs, Ranking, Rating
 
 _NAMES = {Comparison: "comparisons", Ranking: "rankings", Rating: "ratings", Demonstration: "demonstrations"}
@@ -16,13 +16,14 @@ _NAMES = {Comparison: "comparisons", Ranking: "rankings", Rating: "ratings", Dem
 @dataclass
 class Conversion:
     """Rows of a target, made while they are asked for. `lost`: what it has no place for, by reason; `changed`: what stands
-    there as something else; `beyond`: rows with a column that is not the format's own."""
+    there as something else; `columns`: all that its rows have; `beyond`: rows with a column that is not the format's own."""
 
     target: Target
     pairs: Pairs = "all"
     written: int = 0
     lost: Counter[str] = field(default_factory=Counter[str])
     changed: Counter[str] = field(default_factory=Counter[str])
+    columns: set[str] = field(default_factory=set[str])
     beyond: Counter[str] = field(default_factory=Counter[str])
 
     def rows(self, groups: Iterable[Group]) -> Iterator[dict[str, Any]]:
@@ -36,10 +37,18 @@ class Conversion:
                     self.lost[str(why)] += 1
                     continue
                 if formed.is_text != piece.is_text:
-                    self.changed["conversations to text" if formed.is_text else "text to conversations"] += 1
+                    self.changed[_form_change(piece)] += 1
                 self.written += 1
+                self.columns.update(row)
                 self.beyond.update(beyond)
                 yield row
+
+    def entry(self, file: str) -> dict[str, Any] | None:
+        """What LLaMA-Factory has to know of the file. It looks up every column that is named: only those that rows have."""
+        if self.target.entry is None:
+            return None
+        columns = {theirs: own for theirs, own in self.target.entry["columns"].items() if own in self.columns}
+        return {"file_name": file, **self.target.entry, "columns": columns}
 
     def summary(self) -> list[str]:
         """What a person has to know beside the number of rows."""
@@ -91,11 +100,11 @@ class Conversion:
             assert isinstance(mark, (Comparison, Ranking))
             if isinstance(mark, Ranking):
                 self.changed["rankings to comparisons"] += 1
-            for pair in mark.pairs(self.pairs):
-                if pair.preference == 0.5:
+            for pair in map(_better_first, mark.pairs(self.pairs)):
+                if pair.preference == 0.5:  # of 0.49999999999999994 the other side's is 0.5, too
                     self.lost["ties"] += 1
                 else:
-                    yield _better_first(pair)
+                    yield pair
 
     def _rated(self, marks: Sequence[Mark]) -> Iterator[Mark]:
         """Ratings; of a comparison one of the better and one of the worse answer."""
@@ -141,9 +150,18 @@ def _best(mark: Comparison | Ranking | Rating) -> Sequence[int]:
     return (mark.ordered[0],) if mark.preference != 0.5 else ()
 
 
+def _form_change(piece: Piece) -> str:
+    """Text became a conversation, or the other way round. Of a dialogue that was read as text, all turns are one question."""
+    if not piece.is_text:
+        return "conversations to text"
+    if is_hh(piece.prompt):
+        return "whole HH dialogues to one question each (data.format=hh_messages reads their turns)"
+    return "text to conversations"
+
+
 def _better_first(pair: Comparison) -> Comparison:
-    """The same comparison with the likelier winner as `a`."""
-    if pair.preference > 0.5:
+    """The same comparison with the likelier winner as `a`; ties as they stand."""
+    if pair.preference >= 0.5:
         return pair
     other: dict[str, Any] = {"a": "b", "b": "a", "": ""}
     by = replace(pair.by, side=other[pair.by.side]) if pair.by else None

@@ -81,7 +81,7 @@ class DataOptions(BaseModel):
     filter: _Filter = None
     votes: Annotated[VotesMethod | None, BeforeValidator(_canonical)] = Field(
         default=None,
-        description="Several annotators' votes on two answers become one soft label; absent: each counts by itself.",
+        description="majority, dawid_skene or bradley_terry: a pair's votes become one soft label; absent: each is its own.",
     )
     strict: bool = Field(default=False, description="Refuse the data at the first faulty row instead of dropping it.")
     allow_drops: bool = Field(default=False, description="Go on even if more than half of the rows are dropped.")
@@ -94,5 +94,5 @@ class ScoredOptions(DataOptions):
     """The same for data whose answers are scored: they have to fit."""
 
     too_long: Literal["drop", "truncate_response", "truncate_prompt_start"] = Field(
-        default="drop", description="What is done with a row that is longer than max_length."
+        default="drop", description="Rows longer than max_length: drop, truncate_response or truncate_prompt_start."
     )

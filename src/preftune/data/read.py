@@ -44,16 +44,21 @@ class Reading:
         return self.rows - self.dropped.total()
 
     def summary(self) -> list[str]:
-        """A line for each source: what it was read as, and what was dropped."""
+        """A line for each source: what it was read as, what was dropped, and what was left out of rows that were kept."""
         return [self._line(source) for source in self.sources]
 
     def _line(self, source: Mapping[str, Any]) -> str:
         line = f"{source['path']}: {source['rows']:,} rows" + (f" read as {source['read_as']}" if source.get("read_as") else "")
         line += f", {source['filtered']:,} more left out by the filter" if source.get("filtered") else ""
-        if not source["dropped"]:
-            return line
-        found = [f for f in self.findings if f.file == source["path"] and f.severity == "error"]
-        return f"{line}, {sum(source['dropped'].values()):,} dropped: {tally(source['dropped'], found)}"
+        if source["dropped"]:
+            found = self._found(source, "error")
+            line += f", {sum(source['dropped'].values()):,} dropped: {tally(source['dropped'], found)}"
+        if notes := self._found(source, "warning"):
+            line += f"; answers left out: {tally(Counter(note.code for note in notes), notes)}"
+        return line
+
+    def _found(self, source: Mapping[str, Any], severity: Severity) -> list[Finding]:
+        return [f for f in self.findings if f.file == source["path"] and f.severity == severity]
 
 
 def tally(dropped: Mapping[str, int], findings: Iterable[Finding]) -> str:
@@ -74,8 +79,9 @@ def _named(rows: Sequence[str]) -> str:
 def read(source: Any) -> list[Group]:
     """Groups of a path, a hub name, a list of dicts, a datasets.Dataset, or a list of these; drops are logged."""
     reading = load(source)
+    told = {finding.file for finding in reading.findings}
     for source_, line in zip(reading.sources, reading.summary(), strict=True):
-        log.log(logging.WARNING if source_["dropped"] else logging.INFO, line)
+        log.log(logging.WARNING if source_["path"] in told else logging.INFO, line)
     enforce(reading.rows, reading.dropped, reading.findings, strict=False, allow_drops=False)
     return reading.groups
 

@@ -43,7 +43,7 @@ class Piece:
 class Target:
     """One format that is written. `takes` is what its rows hold: a better and a worse answer, any judgement of several, a
     rating, an answer to imitate. `reads_as` names the format that reads it back; `form` is what its prompts and answers are.
-    `entry` is what LLaMA-Factory's dataset_info.json needs."""
+    `entry` is what LLaMA-Factory's dataset_info.json needs, with all columns that its rows may have."""
 
     name: str
     title: str
@@ -53,10 +53,10 @@ class Target:
     form: Literal["either", "conversation", "text"] = "either"
     entry: Mapping[str, Any] | None = None
 
-    def written(self, piece: Piece) -> tuple[Row, frozenset[str]]:
+    def written(self, piece: Piece) -> tuple[Row, list[str]]:
         """(row, columns beyond those of the format). Raises Unheld where the format has no place for the piece."""
         row = self.row(piece)
-        own = frozenset(row)
+        own = {*row}
         row |= {name: held for name, held in _said(piece.mark).items() if name not in row}
         if piece.tools:
             row["tools"] = [*piece.tools] if self.entry is None else json.dumps(piece.tools, ensure_ascii=False)
@@ -69,7 +69,7 @@ class Target:
         same = example.prompt == piece.prompt and tuple(content for content, _ in example.answers) == piece.answers
         if not same or example.tools != piece.tools or [*example.marks] != [replace(piece.mark, origin=None)]:
             raise Unheld("would be read back as something else")
-        return row, frozenset(row) - own - {"tools"}
+        return row, [name for name in row if name not in own and name != "tools"]
 
 
 def _said(mark: Comparison | Ranking | Rating | Demonstration) -> Row:
@@ -149,9 +149,14 @@ def _openrlhf(piece: Piece) -> Row:
     return {"chosen": chosen, "rejected": rejected}
 
 
+def is_hh(prompt: Content) -> bool:
+    """Whether the prompt is the text of an HH dialogue."""
+    return isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.endswith(ASSISTANT)
+
+
 def _hh(piece: Piece) -> Row:
     assert isinstance(piece.prompt, str)
-    if not piece.prompt.startswith(HUMAN) or not piece.prompt.endswith(ASSISTANT):
+    if not is_hh(piece.prompt):
         raise Unheld("prompts that are no HH dialogues")
     chosen, rejected = (f"{piece.prompt}{answer}" for answer in piece.answers)
     return {"chosen": chosen, "rejected": rejected}
@@ -222,7 +227,7 @@ def _ranking(piece: Piece) -> Row:
 
 
 _SHAREGPT_COLUMNS = {"messages": "conversations", "system": "system", "tools": "tools"}
-_ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "system": "system", "history": "history"}
+_ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "system": "system", "history": "history", "tools": "tools"}
 _PAIR_COLUMNS = {"chosen": "chosen", "rejected": "rejected"}
 
 _TABLE = (
@@ -237,7 +242,7 @@ _TABLE = (
     Target("alpaca_pairs", "LLaMA-Factory pairs (alpaca)", "comparisons", "alpaca_pairs", _alpaca_pair, "conversation",
            {"ranking": True, "columns": _ALPACA_COLUMNS | _PAIR_COLUMNS}),
     Target("swift_pairs", "ms-swift pairs", "comparisons", "swift_pairs", _swift_pair, "conversation"),
-    Target("ranking", "rankings and comparisons, nothing lost", "judgements", "ranking", _ranking),
+    Target("ranking", "rankings and comparisons, ties too", "judgements", "ranking", _ranking),
     Target("ratings", "TRL unpaired preferences", "ratings", "ratings", _labelled(_one, "label")),
     Target("llamafactory_ratings", "LLaMA-Factory KTO rows (sharegpt)", "ratings", "conversation_ratings",
            _labelled(_conversations, "kto_tag"), "conversation",

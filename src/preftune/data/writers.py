@@ -74,7 +74,7 @@ def _csv(out: TextIO, path: Path, rows: Iterable[Row], delimiter: str = ",") -> 
     writer.writerow(names)
     for row in held:
         if column := next((name for name, value in row.items() if is_list(value) or is_object(value)), None):
-            what = f"{path.suffix} holds plain text, no lists and no messages: write .jsonl, .json or .parquet instead"
+            what = f".{kind_of(path)} holds plain text, no lists and no messages: write .jsonl, .json or .parquet instead"
             raise Refusal(what, code="wrong_ending", file=str(path), column=column)
         try:
             writer.writerow([row.get(name) for name in names])

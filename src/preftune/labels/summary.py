@@ -27,7 +27,8 @@ class Summary:
     to_look_at: tuple[Suspect, ...]
 
     def __str__(self) -> str:
-        line = f"{self.votes:,} votes of {self.annotators or 'unnamed'} annotators on {self.items:,} pairs"
+        who = f"{self.annotators:,}" if self.annotators else "unnamed"
+        line = f"{self.votes:,} votes of {who} annotators on {self.items:,} pairs"
         line += "" if math.isnan(self.alpha) else f", Krippendorff's alpha {self.alpha:.3f}"
         reasons: dict[str, list[str]] = {}
         for suspect in self.to_look_at:
