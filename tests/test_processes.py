@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -119,6 +120,17 @@ def test_a_run_in_parts_is_saved_whole_and_goes_on_in_one_process(
     again = call(capsys, "train", f"resume={parted}", "steps=6")
     assert again.code == 0 and "going on after step 4 of 6" in again.err
     assert [line["step"] for line in metrics.read(parted / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_processes_go_on_after_the_last_step(files: Path, tmp_path: Path) -> None:
+    """Stopped within the last evaluation: no step is left, and each knows those that were taken."""
+    out = tmp_path / "run"
+    assert quietly(*words(files, "train.save_every=2", f"out={out}")[2:]) == 0
+    before = (out / "evaluation.json").read_text()
+    (out / "evaluation.json").unlink()
+    for code, _, err in ended(start(2, "-m", "preftune", "train", f"resume={out}")):
+        assert code == 0, err
+    assert json.loads((out / "evaluation.json").read_text())["kept_step"] == json.loads(before)["kept_step"] == 4
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ class Course:
         if saved.facts["best"]:
             self.best.take_up(job.resume / BEST, *saved.facts["best"])
         self.pending = saved.facts["pending"]
-        self.result.metrics += self.sink.lines
+        self.result.metrics += processes.of_first(self.sink.lines)  # it alone has read them
         if self.pending is not None:
             self.result.metrics.append(self.pending)
         log.info(f"going on after step {step:,} of {len(self.the_plan):,}")
