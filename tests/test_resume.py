@@ -22,6 +22,7 @@ from preftune.models.load import save_model
 from preftune.runs import checkpoint, course, metrics
 from preftune.runs.resume import keys_of
 from preftune.runs.train import train
+from preftune.training import steps
 from preftune.training.guards import Guards
 from preftune.training.state import Saved
 
@@ -173,6 +174,28 @@ def test_stopped_by_a_signal_in_any_phase(phase: str, whole: Callable[[str], Pat
             begin("full", out, stops)
         go_on(out)
         assert same(out, whole("full")), number
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_update_that_was_begun_is_not_saved(
+    error: type[BaseException], whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are those of no step then, and the checkpoint of the step before stays what it is."""
+    out, right, seen = tmp_path / "run", steps.step, 0
+
+    def breaks(*arguments: Any) -> None:
+        nonlocal seen
+        seen += 1
+        right(*arguments)
+        if seen == 3:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "step", breaks)
+        with pytest.raises((Interrupted, RuntimeError)):
+            begin("full", out)
+    go_on(out)
+    assert same(out, whole("full"))
 
 
 def test_a_run_may_go_on_for_longer(whole: Callable[[str], Path], tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ class Course:
 
     def saved(self) -> str:
         """Saves where there is a folder, and says where."""
+        if self.training.moves:  # a second signal, or an error, within an update
+            return self.kept()
         self.best.put_back()
         folder = self._save()
         if self.pending is not None:  # the step was taken, whatever became of its evaluation
