@@ -198,6 +198,28 @@ def test_an_update_that_was_begun_is_not_saved(
     assert same(out, whole("full"))
 
 
+def test_stopped_again_before_the_checkpoint_is_taken_up(
+    whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the evaluation that was cut short the first time: the checkpoint stays the newest, and no other is made."""
+    out, right = tmp_path / "run", course.method_metrics
+
+    def stops(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def watch(phase: str, done: int, total: int, line: dict[str, Any]) -> None:
+        monkeypatch.setattr(course, "method_metrics", stops if (phase, done) == ("train", 3) else course.method_metrics)
+
+    with pytest.raises(Interrupted):
+        begin("full", out, watch)
+    with pytest.raises(Interrupted, match="goes on from step-000004"):
+        go_on(out)
+    assert [path.name for path in sorted((out / "checkpoints").glob("step-*"))] == ["step-000002", "step-000004"]
+    monkeypatch.setattr(course, "method_metrics", right)
+    go_on(out)
+    assert same(out, whole("full"))
+
+
 def test_a_run_may_go_on_for_longer(whole: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole("full"), out)

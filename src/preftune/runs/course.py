@@ -90,7 +90,7 @@ class Course:
 
     def saved(self) -> str:
         """Saves where there is a folder, and says where."""
-        if self.training.moves:  # a second signal, or an error, within an update
+        if self.training.moves:  # a second signal or an error within an update, or before an earlier run was taken up
             return self.kept()
         self.best.put_back()
         folder = self._save()
