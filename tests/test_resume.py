@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -397,6 +398,29 @@ def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_there(
     assert found is not None and checkpoint.facts_of(found) == {"step": 5}
     one(tmp_path, 5, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_best_weights_that_found_no_room_are_written_with_the_checkpoint(
+    times: int, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or there is no checkpoint: none holds the best weights of an earlier evaluation under the name of this one."""
+    out, right, seen = tmp_path / "run", checkpoint.write_tensors, 0
+
+    def full(path: Path, tensors: Any) -> Path:
+        nonlocal seen
+        seen += 1
+        if 3 <= seen < 3 + times:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return right(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", full)
+        with pytest.raises(Killed):
+            begin("full", out, at("kl", None))
+    assert (out / "checkpoints" / "step-000006").exists() == (times == 1)
+    go_on(out)
+    assert same(out, whole("full"))
 
 
 def test_metrics_lose_half_a_line_and_later_steps(tmp_path: Path) -> None:

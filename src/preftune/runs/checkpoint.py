@@ -171,7 +171,7 @@ def load(folder: Path) -> Saved:
     return Saved(load_file(folder / TENSORS), facts_of(folder))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """One file of tensors, aside and then renamed: a link to the one that was there keeps what that held."""
     aside = path.with_name(path.name + ".tmp")
     aside.parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +181,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         aside.unlink(missing_ok=True)
         raise
     os.replace(aside, path)
+    return path
 
 
 def _sum(path: Path) -> dict[str, Any]:
