@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import processes_case
 import pytest
+import tiny
 import torch
 from command import PAIRS, call, quietly, write_model, write_rows
 from safetensors.torch import load_file
@@ -21,9 +23,13 @@ from torch import Tensor
 
 import preftune
 from preftune import processes
+from preftune.config import TrainKeys, resolve
 from preftune.data.render import Rendered
+from preftune.errors import RunFailed
 from preftune.runs import metrics
+from preftune.runs.conduct import _with_budget
 from preftune.scoring.plan import shares
+from preftune.training import estimate
 from preftune.training.memory import finer_if_needed
 
 TESTS = Path(__file__).parent
@@ -199,6 +205,18 @@ def test_where_several_share_a_step_memory_that_is_short_ends_the_run(monkeypatc
     with pytest.raises(MemoryError):
         finer_if_needed(work, 1024, 64, clear=lambda: None)
     assert tried == [1024]
+
+
+@pytest.mark.parametrize(("parallel", "free"), [("fsdp", True), ("replicate", False)])
+def test_what_is_in_parts_takes_a_part_of_the_memory(parallel: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four processes, each with room for the weights twice: with gradients and AdamW's state they are four times as much."""
+    model = tiny.model()
+    monkeypatch.setattr(processes, "size", lambda: 4)
+    monkeypatch.setattr(processes, "gathered", lambda value: [value] * 4)
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: sum(p.nbytes for p in model.parameters()))
+    keys = resolve(TrainKeys, ["model=m", "data=d.jsonl", "method=dpo", f"train.parallel={parallel}"])
+    with nullcontext() if free else pytest.raises(RunFailed, match="parameters, .* of them trained"):
+        _with_budget(keys, model, torch.float32, passing=0)
 
 
 def test_one_process_tells_itself_what_it_says() -> None:
