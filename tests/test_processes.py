@@ -215,7 +215,7 @@ def test_what_is_in_parts_takes_a_part_of_the_memory(parallel: str, free: bool, 
     monkeypatch.setattr(processes, "gathered", lambda value: [value] * 4)
     monkeypatch.setattr(estimate, "free_bytes", lambda device: sum(p.nbytes for p in model.parameters()))
     keys = resolve(TrainKeys, ["model=m", "data=d.jsonl", "method=dpo", f"train.parallel={parallel}"])
-    with nullcontext() if free else pytest.raises(RunFailed, match="parameters, .* of them trained"):
+    with nullcontext() if free else pytest.raises(RunFailed, match=r"parameters, .* of them trained"):
         _with_budget(keys, model, torch.float32, passing=0)
 
 
