@@ -31,6 +31,7 @@ from preftune.runs.conduct import _with_budget
 from preftune.scoring.plan import shares
 from preftune.training import estimate
 from preftune.training.memory import finer_if_needed
+from preftune.training.signals import Stop
 
 TESTS = Path(__file__).parent
 SOURCE = Path(preftune.__file__).parents[1]
@@ -217,6 +218,17 @@ def test_what_is_in_parts_takes_a_part_of_the_memory(parallel: str, free: bool, 
     keys = resolve(TrainKeys, ["model=m", "data=d.jsonl", "method=dpo", f"train.parallel={parallel}"])
     with nullcontext() if free else pytest.raises(RunFailed, match=r"parameters, .* of them trained"):
         _with_budget(keys, model, torch.float32, passing=0)
+
+
+def test_a_second_signal_stops_at_once_where_nobody_else_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Stop()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stop.ask(signal.SIGINT, None)
+    stop.ask(signal.SIGTERM, None)
+    assert stop.signal == signal.SIGINT
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(KeyboardInterrupt):
+        stop.ask(signal.SIGTERM, None)
 
 
 def test_one_process_tells_itself_what_it_says() -> None:
