@@ -299,6 +299,16 @@ def test_figures_that_are_none_break_no_rule(healthy: RunFiles, value: Any) -> N
     diagnose(replace(healthy, metrics=[dict.fromkeys(one, value) for one in healthy.metrics]))
 
 
+@pytest.mark.parametrize("lacking", ["loss", "grad_norm"])
+def test_a_step_may_lack_its_loss_or_its_gradient_alone(lacking: str) -> None:
+    """A gradient that was not finite has no number, and its loss may have one: the others are still told apart by step."""
+    (rule,) = (rule for rule in RULES if rule.name == "learning_rate_too_high")
+    skipped = at(lacking, float("nan"), 50)
+    assert rule.found(record(skipped)) is None
+    found = rule.found(record(lambda step: {lacking: float("nan")} if step == 5 else peaks(10.5, 1.4)(step)))
+    assert found is not None and "2 steps (20, 30)" in found.evidence
+
+
 # -- the pages ----------------------------------------------------------------------------------------------------------------
 
 

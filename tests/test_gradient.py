@@ -315,9 +315,23 @@ def test_an_example_that_does_not_fit_is_refused_with_what_to_lower(tokenizer: A
     batch = render(tiny.pairs(6), tokenizer)
     short_of_memory(monkeypatch, 10)
     before = tiny.state(model := tiny.model())
-    with pytest.raises(RunFailed, match=r"a micro-batch of \d+ tokens does not fit .* lower max_length") as failed:
+    method = methods.make("dpo")
+    least = memory.indivisible(Scorer(model), batch, method.examples(batch.groups))
+    with pytest.raises(RunFailed, match=f"a micro-batch of {least} tokens does not fit .* lower max_length") as failed:
         run_steps(model, batch, 400)
     assert failed.value.code == "out_of_memory" and tiny.same(tiny.state(model), before)
+
+
+def test_of_several_processes_a_smaller_micro_batch_was_not_tried(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So nothing is said of an example that cannot be cut: the run says what to set."""
+    batch, method, scorer = render(tiny.pairs(6), tokenizer), methods.make("dpo"), Scorer(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    short_of_memory(monkeypatch, 10)
+    monkeypatch.setattr("preftune.processes.size", lambda: 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.fits(scorer, optimizer, batch, method, [method.examples(batch.groups)], 400)
 
 
 def test_another_error_is_no_lack_of_memory(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

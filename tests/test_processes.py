@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import processes_case
 import pytest
+import tiny
 import torch
 from command import PAIRS, call, quietly, write_model, write_rows
 from safetensors.torch import load_file
@@ -20,10 +23,16 @@ from torch import Tensor
 
 import preftune
 from preftune import processes
+from preftune.config import resolve
 from preftune.data.render import Rendered
+from preftune.errors import RunFailed
+from preftune.keys import TrainKeys
 from preftune.runs import metrics
+from preftune.runs.conduct import _with_budget
 from preftune.scoring.plan import shares
+from preftune.training import estimate
 from preftune.training.memory import finer_if_needed
+from preftune.training.signals import Stop
 
 TESTS = Path(__file__).parent
 SOURCE = Path(preftune.__file__).parents[1]
@@ -121,6 +130,17 @@ def test_a_run_in_parts_is_saved_whole_and_goes_on_in_one_process(
     assert [line["step"] for line in metrics.read(parted / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_two_processes_go_on_after_the_last_step(files: Path, tmp_path: Path) -> None:
+    """Stopped within the last evaluation: no step is left, and each knows those that were taken."""
+    out = tmp_path / "run"
+    assert quietly(*words(files, "train.save_every=2", f"out={out}")[2:]) == 0
+    before = (out / "evaluation.json").read_text()
+    (out / "evaluation.json").unlink()
+    for code, _, err in ended(start(2, "-m", "preftune", "train", f"resume={out}")):
+        assert code == 0, err
+    assert json.loads((out / "evaluation.json").read_text())["kept_step"] == json.loads(before)["kept_step"] == 4
+
+
 @pytest.mark.parametrize(
     ("parallel", "said"), [("replicate", "goes on from there"), ("fsdp", "begins anew: there is no checkpoint yet")]
 )
@@ -187,6 +207,29 @@ def test_where_several_share_a_step_memory_that_is_short_ends_the_run(monkeypatc
     with pytest.raises(MemoryError):
         finer_if_needed(work, 1024, 64, clear=lambda: None)
     assert tried == [1024]
+
+
+@pytest.mark.parametrize(("parallel", "free"), [("fsdp", True), ("replicate", False)])
+def test_what_is_in_parts_takes_a_part_of_the_memory(parallel: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four processes, each with room for the weights twice: with gradients and AdamW's state they are four times as much."""
+    model = tiny.model()
+    monkeypatch.setattr(processes, "size", lambda: 4)
+    monkeypatch.setattr(processes, "gathered", lambda value: [value] * 4)
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: sum(p.nbytes for p in model.parameters()))
+    keys = resolve(TrainKeys, ["model=m", "data=d.jsonl", "method=dpo", f"train.parallel={parallel}"])
+    with nullcontext() if free else pytest.raises(RunFailed, match=r"parameters, .* of them trained"):
+        _with_budget(keys, model, torch.float32, passing=0)
+
+
+def test_a_second_signal_stops_at_once_where_nobody_else_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Stop()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stop.ask(signal.SIGINT, None)
+    stop.ask(signal.SIGTERM, None)
+    assert stop.signal == signal.SIGINT
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(KeyboardInterrupt):
+        stop.ask(signal.SIGTERM, None)
 
 
 def test_one_process_tells_itself_what_it_says() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from command import PAIRS, call, write_model, write_rows
 from safetensors import SafetensorError
@@ -18,10 +20,13 @@ from safetensors.torch import load_file
 from preftune.config import resolve
 from preftune.errors import Interrupted, Refusal
 from preftune.keys import TrainKeys
+from preftune.models.load import save_model
 from preftune.runs import checkpoint, course, metrics
 from preftune.runs.resume import keys_of
 from preftune.runs.train import train
+from preftune.training import steps
 from preftune.training.guards import Guards
+from preftune.training.state import Saved
 
 pytestmark = pytest.mark.usefixtures("short_answers", "no_report")
 
@@ -173,6 +178,50 @@ def test_stopped_by_a_signal_in_any_phase(phase: str, whole: Callable[[str], Pat
         assert same(out, whole("full")), number
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_update_that_was_begun_is_not_saved(
+    error: type[BaseException], whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are those of no step then, and the checkpoint of the step before stays what it is."""
+    out, right, seen = tmp_path / "run", steps.step, 0
+
+    def breaks(*arguments: Any) -> None:
+        nonlocal seen
+        seen += 1
+        right(*arguments)
+        if seen == 3:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "step", breaks)
+        with pytest.raises((Interrupted, RuntimeError)):
+            begin("full", out)
+    go_on(out)
+    assert same(out, whole("full"))
+
+
+def test_stopped_again_before_the_checkpoint_is_taken_up(
+    whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the evaluation that was cut short the first time: the checkpoint stays the newest, and no other is made."""
+    out, right = tmp_path / "run", course.method_metrics
+
+    def stops(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def watch(phase: str, done: int, total: int, line: dict[str, Any]) -> None:
+        monkeypatch.setattr(course, "method_metrics", stops if (phase, done) == ("train", 3) else course.method_metrics)
+
+    with pytest.raises(Interrupted):
+        begin("full", out, watch)
+    with pytest.raises(Interrupted, match="goes on from step-000004"):
+        go_on(out)
+    assert [path.name for path in sorted((out / "checkpoints").glob("step-*"))] == ["step-000002", "step-000004"]
+    monkeypatch.setattr(course, "method_metrics", right)
+    go_on(out)
+    assert same(out, whole("full"))
+
+
 def test_a_run_may_go_on_for_longer(whole: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole("full"), out)
@@ -281,6 +330,98 @@ def test_a_full_disk_stops_nothing(
     (said,) = [r.getMessage() for r in caplog.records if "was not written" in r.getMessage()]
     assert "step 4" in said and "GB are free: free some in" in said and "step-000002 is there" in said
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").glob("step-*"))] == ["step-000002", "step-000006"]
+
+
+def one(parent: Path, step: int, write: Callable[[Path], None] | None = None, keep: int = 2) -> Path:
+    """A checkpoint of one number, the step."""
+
+    def plain(folder: Path) -> None:
+        folder.mkdir(parents=True)
+
+    saved = Saved({"random.0": torch.tensor([step])}, {"step": step})
+    return checkpoint.save(parent, step, saved, write or plain, keep=keep)
+
+
+def test_the_folders_of_a_model_belong_to_its_checkpoint(tmp_path: Path) -> None:
+    """A tokenizer with several templates writes them into one."""
+
+    def write(folder: Path) -> None:
+        (folder / "templates").mkdir(parents=True)
+        (folder / "templates" / "tool_use.jinja").write_text("{{ messages }}")
+
+    folder = one(tmp_path, 1, write)
+    assert checkpoint.damage(folder) is None
+    (folder / "templates" / "tool_use.jinja").unlink()
+    assert checkpoint.damage(folder) == "templates/tool_use.jinja is missing"
+
+
+def test_nothing_is_left_of_what_was_not_written_to_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither by a disk that is full, of which tokenizers has an error of its own, nor by a process that was killed."""
+
+    def full(folder: Path) -> None:
+        save_model(tiny.model(), Tokenizer(), folder)
+
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    one(tmp_path, 1)
+    (tmp_path / "step-000002.tmp.tmp").mkdir()
+    assert checkpoint.tried("the checkpoint of step 3", tmp_path, lambda: one(tmp_path, 3, full)) is None
+    assert "GB are free: free some in" in caplog.text and [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_steps_are_counted_beyond_six_digits(tmp_path: Path) -> None:
+    found = [one(tmp_path, step, keep=1) for step in (999_999, 1_000_000)]
+    assert checkpoint.newest(tmp_path) == checkpoint.latest(tmp_path) == found[1] and not found[0].exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_there(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before either of the two names is given."""
+    one(tmp_path, 5, keep=1)
+    right, seen = os.replace, 0
+
+    def breaks(*arguments: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            raise Killed
+        right(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("preftune.runs.checkpoint.os.replace", breaks)
+        with pytest.raises(Killed):
+            one(tmp_path, 5, keep=1)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and checkpoint.facts_of(found) == {"step": 5}
+    one(tmp_path, 5, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_best_weights_that_found_no_room_are_written_with_the_checkpoint(
+    times: int, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or there is no checkpoint: none holds the best weights of an earlier evaluation under the name of this one."""
+    out, right, seen = tmp_path / "run", checkpoint.write_tensors, 0
+
+    def full(path: Path, tensors: Any) -> Path:
+        nonlocal seen
+        seen += 1
+        if 3 <= seen < 3 + times:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return right(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", full)
+        with pytest.raises(Killed):
+            begin("full", out, at("kl", None))
+    assert (out / "checkpoints" / "step-000006").exists() == (times == 1)
+    go_on(out)
+    assert same(out, whole("full"))
 
 
 def test_metrics_lose_half_a_line_and_later_steps(tmp_path: Path) -> None:

@@ -101,13 +101,15 @@ def test_a_tracker_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pyt
         assert (refused.value.code, refused.value.key) == ("missing_extra", "train.trackers")
 
 
-def test_tensorboard_takes_back_what_comes_later(calls: Any) -> None:
+@pytest.mark.parametrize("step", [1, 4])
+def test_tensorboard_takes_back_what_comes_later(step: int, calls: Any) -> None:
+    """After the checkpoint of step 2, and before there was one."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = resolve(TrainKeys, [*WORDS, "train.trackers=[tensorboard]"])
     with pytest.raises(Killed):
-        train(keys, progress=at("train", 4))
+        train(keys, progress=at("train", step))
     go_on(Path("run"))
     events = EventAccumulator(os.path.join("run", "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]

@@ -173,13 +173,17 @@ def save_model(
                 parameter.data = parameter.data.to(dtype)
     elif dtype is not None and any(p.dtype != dtype for p in model.parameters()):
         model = copy.deepcopy(model).to(dtype=dtype)  # the whole model: tied weights stay tied, and the config says the dtype
-    with quiet():
-        model.save_pretrained(aside, **({} if state is None else {"state_dict": state}))
-        if state is not None and dtype is not None and not is_adapter(model):
-            _say_precision(aside, dtype)
-        if is_adapter(model) and is_quantized(model):
-            note(model, aside)
-    tokenizer.save_pretrained(aside)
+    try:
+        with quiet():
+            model.save_pretrained(aside, **({} if state is None else {"state_dict": state}))
+            if state is not None and dtype is not None and not is_adapter(model):
+                _say_precision(aside, dtype)
+            if is_adapter(model) and is_quantized(model):
+                note(model, aside)
+        tokenizer.save_pretrained(aside)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)  # half of it would fill a disk that is full
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(aside, folder)

@@ -134,11 +134,14 @@ def learning_rate_too_high(run: Record) -> str | None:
     start, end = loss.part(0, tenth), loss.end
     if len(loss) >= FEWEST and end.mean - start.mean > max(RISEN * abs(start.mean), 2 * math.hypot(start.error, end.error)):
         return f"the training loss went from {figure(start.mean)} ({start.where}) up to {figure(end.mean)} ({end.where})"
+    gradients = dict(zip(norm.steps, norm.values, strict=True))
+    # a step that was skipped may lack one of the two
+    both = [(step, value, gradients[step]) for step, value in zip(loss.steps, loss.values, strict=True) if step in gradients]
     peaks = [
-        int(loss.steps[n])
-        for n in range(max(BEHIND // 2, tenth), len(loss))
-        if norm.values[n] > PEAK * median(norm.values[max(0, n - BEHIND) : n])
-        and loss.values[n] > SPIKE * abs(median(loss.values[max(0, n - BEHIND) : n]))
+        int(both[n][0])
+        for n in range(max(BEHIND // 2, tenth), len(both))
+        if both[n][2] > PEAK * median(size for _, _, size in both[max(0, n - BEHIND) : n])
+        and both[n][1] > SPIKE * abs(median(value for _, value, _ in both[max(0, n - BEHIND) : n]))
     ]
     if len(peaks) > max(1, len(loss) // 100):
         places = ", ".join(f"{step:,}" for step in peaks[:5]) + (", ..." if len(peaks) > 5 else "")

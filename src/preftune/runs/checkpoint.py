@@ -41,43 +41,60 @@ def save(parent: Path, step: int, saved: Saved, write_model: Write, *, beside: P
     """
     folder = parent / f"step-{step:06d}"
     aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    _clear(parent)
     try:
         write_model(aside)
         save_file({name: tensor.contiguous() for name, tensor in saved.tensors.items()}, aside / TENSORS)
         (aside / FACTS).write_text(json.dumps(saved.facts), encoding="utf-8")
         if beside is not None and beside.is_file():
             _link(beside, aside / beside.name)
-        sums = {path.name: _sum(path) for path in sorted(aside.iterdir())}
+        # a tokenizer with several templates has a folder for them
+        sums = {path.relative_to(aside).as_posix(): _sum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
         (aside / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": sums}, indent=1), encoding="utf-8")
         _flush(aside)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise _as_os_error(error) from error
-    if folder.exists():  # left behind by a process that this one goes on for: the same step
-        shutil.rmtree(folder)
+    except Exception as error:
+        _clear(parent)
+        found = _of_the_disk(error)
+        if found is None or found is error:
+            raise
+        raise found from error
+    before = folder.with_name(folder.name + ".old-1")
+    if folder.exists():  # of the same step: it stays a checkpoint until the new one is there
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(folder, before)
     os.replace(aside, folder)
-    for old in sorted(parent.glob("step-*[0-9]"))[:-keep]:
+    shutil.rmtree(before, ignore_errors=True)
+    for old in found_in(parent)[:-keep]:
         shutil.rmtree(old)
     return folder
 
 
-def _as_os_error(error: Exception) -> OSError:
-    """safetensors raises an error of its own, which names the system's by number."""
+def _clear(parent: Path) -> None:
+    """What was not written to its end, now or by a process that was killed."""
+    for left in parent.glob("step-*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _of_the_disk(error: Exception) -> OSError | None:
+    """What the system said, if it did: safetensors and tokenizers raise errors of their own, which name it by number."""
     if isinstance(error, OSError):
         return error
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+    if number := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return OSError(str(error)) if isinstance(error, SafetensorError) else None
 
 
 def tried(what: str, place: Path, write: Callable[[], T]) -> T | None:
     """Writes something that the run can go on without: where that fails, it is said, and what was saved before is there."""
     try:
         return write()
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        found = _of_the_disk(error)
+        if found is None:
+            raise
         kept = newest(place)
         there = f"{kept.name} is there" if kept else "there is no checkpoint yet"
-        log.warning(f"{what} was not written ({reason(_as_os_error(error), place)}); {there}")
+        log.warning(f"{what} was not written ({reason(found, place)}); {there}")
         return None
 
 
@@ -89,9 +106,14 @@ def reason(error: OSError, place: Path) -> str:
     return f"the disk is full, {free / 1e9:.1f} GB are free: free some in {place.absolute()}"
 
 
+def found_in(parent: Path) -> list[Path]:
+    """All checkpoints, whole or not, the newest last."""
+    return sorted(parent.glob("step-*[0-9]"), key=lambda path: (int(re.findall(r"\d+", path.name)[0]), path.name))
+
+
 def newest(parent: Path) -> Path | None:
     """The newest checkpoint by its name, whole or not."""
-    return max(parent.glob("step-*[0-9]"), default=None)
+    return next(reversed(found_in(parent)), None)
 
 
 def latest(parent: Path) -> Path | None:
@@ -100,8 +122,8 @@ def latest(parent: Path) -> Path | None:
     Raises:
         Refusal: one that a newer version of preftune wrote; or there are some, and none is whole.
     """
-    found = sorted(parent.glob("step-*[0-9]"), reverse=True)
-    for folder in found:
+    found = found_in(parent)
+    for folder in reversed(found):
         fault = damage(folder)
         if fault is None:
             return folder
@@ -149,12 +171,17 @@ def load(folder: Path) -> Saved:
     return Saved(load_file(folder / TENSORS), facts_of(folder))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """One file of tensors, aside and then renamed: a link to the one that was there keeps what that held."""
     aside = path.with_name(path.name + ".tmp")
     aside.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+    except Exception:
+        aside.unlink(missing_ok=True)
+        raise
     os.replace(aside, path)
+    return path
 
 
 def _sum(path: Path) -> dict[str, Any]:
@@ -171,7 +198,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _flush(folder: Path) -> None:
     """To the disk itself, before the name says that it is whole: a machine may lose its power too."""
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -219,6 +219,7 @@ def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: in
         moving=moving,
         checkpointing=keys.train.checkpointing,
         optimizer=keys.train.optimizer,
+        parts=processes.size() if keys.train.parallel == "fsdp" else 1,
     )
     if free is not None:
         free += sum(p.nbytes for p in model.parameters()) + passing  # they are there already

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ class Course:
 
     def saved(self) -> str:
         """Saves where there is a folder, and says where."""
+        if self.training.moves:  # a second signal or an error within an update, or before an earlier run was taken up
+            return self.kept()
         self.best.put_back()
         folder = self._save()
         if self.pending is not None:  # the step was taken, whatever became of its evaluation
@@ -149,7 +152,7 @@ class Course:
         if job.out is None:
             return None
         tensors, state = training.tensors(), whole_state(training.weights.compute)  # all take part, the first one writes
-        if not job.writes:
+        if not best.caught_up() or not job.writes:  # no checkpoint has another one's best weights
             return None
         place = job.out / "checkpoints"
         facts = training.facts() | {"pending": self.pending, "best": [best.step, best.loss, best.waited] if best.step else None}
@@ -175,7 +178,7 @@ class Course:
         if saved.facts["best"]:
             self.best.take_up(job.resume / BEST, *saved.facts["best"])
         self.pending = saved.facts["pending"]
-        self.result.metrics += self.sink.lines
+        self.result.metrics += processes.of_first(self.sink.lines)  # it alone has read them
         if self.pending is not None:
             self.result.metrics.append(self.pending)
         log.info(f"going on after step {step:,} of {len(self.the_plan):,}")
@@ -185,31 +188,42 @@ class Course:
 class Best:
     """The weights with the lowest held-out loss, in memory, and in checkpoints/ as a model and in float32.
 
-    waited: evaluations since then.
+    waited: evaluations since then. behind: the file in checkpoints/ is of an earlier one.
     """
 
     def __init__(self, weights: Weights, job: Job) -> None:
         self.weights, self.job = weights, job
         self.loss, self.step, self.waited = float("inf"), 0, 0
-        self.kept, self.restored = list[Tensor](), False
+        self.kept, self.restored, self.behind = list[Tensor](), False, False
 
     def offer(self, step: int, loss: float | None) -> None:
         if loss is None or not math.isfinite(loss) or loss >= self.loss:
             self.waited += 1
             return
+        if self.job.keys.train.keep_best:
+            self.kept = [m.detach().clone() for m in self.weights.masters]
+            state = whole_state(self.weights.compute) if self.job.out else None
+            self._put(step, lambda place, tensors: self._write(place, tensors, state))
+        # last: where it was not written to its end, a run that goes on evaluates this step again
         self.loss, self.step, self.waited = loss, step, 0
-        if not self.job.keys.train.keep_best:
-            return
-        self.kept = [m.detach().clone() for m in self.weights.masters]
-        if self.job.out:
-            tensors = dict(zip(self.weights.names, map(whole, self.kept), strict=True))
-            state, place = whole_state(self.weights.compute), self.job.out / "checkpoints"
-            if self.job.writes:
-                checkpoint.tried(f"the best evaluation, of step {step:,},", place, lambda: self._write(place, tensors, state))
 
-    def _write(self, place: Path, tensors: dict[str, Tensor], state: dict[str, Tensor] | None) -> None:
+    def caught_up(self) -> bool:
+        """Whether the file is that of these weights; they are written once more where a full disk had no room for them."""
+        if processes.of_first(self.behind) if self.job.in_parts else self.behind:
+            self._put(self.step, lambda place, tensors: checkpoint.write_tensors(place / BEST, tensors))
+        return not self.behind
+
+    def _put(self, step: int, write: Callable[[Path, dict[str, Tensor]], Path]) -> None:
+        if self.job.out is None:
+            return
+        place, tensors = self.job.out / "checkpoints", dict(zip(self.weights.names, map(whole, self.kept), strict=True))
+        if self.job.writes:
+            what = f"the best evaluation, of step {step:,},"
+            self.behind = checkpoint.tried(what, place, lambda: write(place, tensors)) is None
+
+    def _write(self, place: Path, tensors: dict[str, Tensor], state: dict[str, Tensor] | None) -> Path:
         save_model(self.weights.compute, self.job.tokenizer, place / "best", state=state)
-        checkpoint.write_tensors(place / BEST, tensors)
+        return checkpoint.write_tensors(place / BEST, tensors)
 
     def take_up(self, path: Path, step: int, loss: float, waited: int) -> None:
         """What a run that stopped had kept, at its checkpoint; later it may have kept something else."""

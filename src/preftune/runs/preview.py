@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from preftune import methods
+from preftune import methods, processes
 from preftune.errors import Refusal
 from preftune.models.inspect import facts, resolve
 
@@ -88,6 +88,7 @@ def estimate_of(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
             moving=moving,
             checkpointing=keys.train.checkpointing,
             optimizer=keys.train.optimizer,
+            parts=processes.size() if keys.train.parallel == "fsdp" else 1,
         )
     except Refusal:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -60,6 +61,7 @@ class Estimate:
         moving: bool = False,
         checkpointing: bool = False,
         optimizer: Optimizer = "adamw",
+        parts: int = 1,
     ) -> Estimate:
         """Of a model that is loaded, or that only has its structure (on the meta device).
 
@@ -67,6 +69,8 @@ class Estimate:
             best: whether the weights of the best evaluation are kept beside the last.
             reference: whether the method scores a reference. moving: whether that is a copy which follows the policy.
             checkpointing: whether layers keep their input alone, and are computed again.
+            parts: processes that weights, gradients and state are shared out among; what is gathered of them for the time of a
+                layer is not counted.
         """
         total = sum(count(p) for p in model.parameters())
         training = [p for p in model.parameters() if p.requires_grad]
@@ -86,7 +90,7 @@ class Estimate:
         return cls(
             parameters=total,
             trained=trained,
-            fixed_bytes=frozen + state + trained_bytes(trained, dtype, best=best, moving=moving),
+            fixed_bytes=math.ceil((frozen + state + trained_bytes(trained, dtype, best=best, moving=moving)) / parts),
             token_bytes=token_bytes,
             operations=2.0 * _multiplied(model) * passes,
             usual=usual,

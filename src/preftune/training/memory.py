@@ -84,14 +84,13 @@ def fits(
         try:
             _, budget = finer_if_needed(attempt, budget, least, lambda: optimizer.zero_grad(set_to_none=True))
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or (budget > least and processes.size() > 1):  # a smaller one was not tried
                 raise
-            tokens = largest(budget)[0]
         else:
             optimizer.zero_grad(set_to_none=True)
             return budget
     raise RunFailed(
-        f"a micro-batch of {tokens:,} tokens does not fit into memory, and it is one example that cannot be cut: lower "
+        f"a micro-batch of {least:,} tokens does not fit into memory, and it is one example that cannot be cut: lower "
         "max_length, or train an adapter (adapter=lora)",
         code="out_of_memory",
     )

@@ -8,16 +8,19 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
+from preftune import processes
+
 
 class Stop:
-    """`signal` is the number of the first signal that came, else None. A second one stops at once."""
+    """`signal` is the number of the first signal that came, else None. A second one stops at once; of several processes it
+    does not: they may be told by whoever stops the run and by their launcher, and have to stop at the same place to save."""
 
     signal: int | None = None
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None and processes.asked() == 1:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
 
 @contextmanager

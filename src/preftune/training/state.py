@@ -31,7 +31,8 @@ class Training:
 
     step: steps taken. budget: tokens of a micro-batch; None: not known yet. skipped: steps in a row, up to the last, whose
     gradient was not finite and moved nothing. random: states of torch's generators when the last
-    step had been taken; a step that fails leaves them behind.
+    step had been taken; a step that fails leaves them behind. moves: what is here is of no step: none was taken or taken
+    up yet, or an update has begun.
     """
 
     weights: Weights
@@ -41,10 +42,12 @@ class Training:
     step: int = 0
     skipped: int = 0
     random: list[Tensor] = field(default_factory=list[Tensor])
+    moves: bool = True
 
     def taken(self, step: int, budget: int) -> None:
         """Call after each step."""
         self.step, self.budget, self.random = step, budget, random_state(self.weights.compute.device)
+        self.moves = False
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it that is a tensor, by name, where it stands: `weight.` the float32 masters, `optimizer.` its state of each,

@@ -142,6 +142,7 @@ def steps(
             norm = gradient_norm(weights.masters)
             rate, finite = the_plan.rate(number), math.isfinite(line["loss"]) and bool(torch.isfinite(norm))
             if finite:
+                training.moves = True
                 torch.nn.utils.clip_grads_with_norm_(weights.masters, options.max_grad_norm, norm)
                 step(training.optimizer, rate)
                 weights.refresh()

@@ -27,12 +27,12 @@ def start(names: Sequence[str], folder: Path, config: Mapping[str, Any], *, afte
 
 
 class TensorBoard:
-    """Under tensorboard/; of a run that goes on, what was logged of later steps is taken back."""
+    """Under tensorboard/; of a run that goes on, or begins again, what was logged of later steps is taken back."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], after: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1 if after else None)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
     def log(self, line: Mapping[str, Any]) -> None:
         for name, value in _figures(line).items():
