@@ -371,3 +371,13 @@ def test_virtual_tokens_take_positions(tokenizer: Any) -> None:
     made = adapted(tiny.model(), "prompt")
     with pytest.raises(Refusal, match="58 is over the model's 57 positions"):
         fit(made, tokenizer, max_length=58)
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("none", "1e-06"), ("lora", "1e-05"), ("prompt", "0.0001"), ("prefix", "0.0001")])
+def test_the_default_rate_is_that_of_what_trains(kind: str, rate: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a new adapter, and of one that is trained on."""
+    caplog.set_level(logging.INFO, "preftune")
+    first = fit(tiny.model(), tiny.tokenizer(), adapter=kind, learning_rate=None, steps=1)
+    fit(first.model, tiny.tokenizer(), learning_rate=None, steps=1)
+    said = [line for line in caplog.messages if line.startswith("learning_rate: ")]
+    assert said == [f"learning_rate: {rate}, the default for dpo{'' if kind == 'none' else ' with this adapter'}"] * 2

@@ -45,6 +45,19 @@ class AdapterOptions(BaseModel):
         return self.tokens if self.type in ("prompt", "prefix") else 0
 
 
+def rate_factor(options: AdapterOptions, *, adapter: bool, virtual: int) -> int:
+    """How many times the learning rate of all weights is right for what trains. Virtual tokens take the largest steps: they are
+    few, and start anywhere (docs/adapters.md).
+
+    Args:
+        options: of a new adapter.
+        adapter, virtual: whether the model is one already, and its virtual tokens.
+    """
+    if options.virtual or virtual:
+        return 100
+    return 10 if adapter or options.type != "none" else 1
+
+
 def check_adapter(options: AdapterOptions) -> None:
     """Refuses keys that the type does not read: whoever gives a rank does not mean to train all weights.
 

@@ -70,16 +70,14 @@ def is_kept(keys: TrainKeys) -> bool:
     return methods.needs(keys.method).reference and not keys.reference.sync_steps
 
 
-def resolved(
-    keys: TrainKeys, method: methods.MethodOptions, out: Path | None, limit: int | None, *, adapter: bool
-) -> TrainKeys:
-    """The keys with every default filled in, said where it was chosen here."""
+def resolved(keys: TrainKeys, method: methods.MethodOptions, out: Path | None, limit: int | None, *, faster: int) -> TrainKeys:
+    """The keys with every default filled in, said where it was chosen here. faster: of `models.options.rate_factor`."""
     usual = methods.needs(method).learning_rate
     if keys.train.kl_budget is not None and not methods.needs(method).reference:
         raise Refusal(f"{method.label} has no reference to measure a KL from", code="unused_key", key="train.kl_budget")
-    rate = keys.learning_rate or (float(f"{10 * usual:g}") if adapter else usual)  # not 9.999999999999999e-06
+    rate = keys.learning_rate or float(f"{faster * usual:g}")  # not 9.999999999999999e-06
     if keys.learning_rate is None:
-        log.info(f"learning_rate: {rate:g}, the default for {method.label}{' with an adapter' if adapter else ''}")
+        log.info(f"learning_rate: {rate:g}, the default for {method.label}{' with this adapter' if faster > 1 else ''}")
         if keys.train.optimizer == "adafactor":
             log.info(
                 "that default is AdamW's: adafactor's steps are relative to the size of each weight, and take a larger one"

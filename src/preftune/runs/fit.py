@@ -12,6 +12,7 @@ from preftune.data.template import apply_template
 from preftune.errors import Refusal
 from preftune.keys import TrainKeys
 from preftune.models.inspect import Facts, check_adapter_of
+from preftune.models.options import rate_factor
 from preftune.records import Group
 from preftune.runs import folder as files
 from preftune.runs.conduct import References, Setup, conduct, is_kept, resolved
@@ -99,8 +100,8 @@ def fit(
     apply_template(tokenizer, options.data.template, [*data.train, *data.held])
     limit = longest(options.max_length, max_positions(model), options.adapter.virtual)
     rendered = render_said(data, tokenizer, options, limit)
-    adapter = is_adapter(model) or options.adapter.type != "none"
-    options = resolved(options, data.method, folder, limit, adapter=adapter)
+    faster = rate_factor(options.adapter, adapter=is_adapter(model), virtual=virtual)
+    options = resolved(options, data.method, folder, limit, faster=faster)
     store = open_store(options.reference.store) if is_kept(options) else None
     kept = is_kept(options) and (store or folder)
     identity = digest_of(model if reference is None else reference) if kept else None

@@ -15,6 +15,7 @@ from preftune.data.template import apply_template
 from preftune.errors import Refusal
 from preftune.keys import TrainKeys
 from preftune.models.inspect import check_adapter_of, check_vocabulary, facts, resolve
+from preftune.models.options import rate_factor
 from preftune.runs import folder as files
 from preftune.runs import preview
 from preftune.runs.conduct import References, Setup, conduct, is_kept, resolved
@@ -64,7 +65,8 @@ def _setup(keys: TrainKeys, config: Path | None, progress: Progress | None) -> S
     files.check_apart(out, [Path(path) for path in read_from if path])
     check_place(keys.reference.store, [path for path in read_from if path])
     tokenizer, rendered, limit = _rendered(keys, found, data)
-    keys = resolved(keys, data.method, out, limit, adapter=found.adapter or keys.adapter.type != "none")
+    faster = rate_factor(keys.adapter, adapter=found.adapter, virtual=found.virtual)
+    keys = resolved(keys, data.method, out, limit, faster=faster)
     if keys.dry_run:
         return preview.show(keys, rendered, tokenizer)
     resume = _checkpoint(reopened, keys, rendered) if reopened else None
