@@ -92,11 +92,12 @@ def _check_processes(keys: TrainKeys) -> None:
 
 
 class _Models(NamedTuple):
-    """Where policy and reference are, and whether the policy is an adapter already."""
+    """Where policy and reference are, and whether the policy is an adapter already, with how many virtual tokens."""
 
     model: str
     reference: str | None
     adapter: bool
+    virtual: int
 
 
 def _models(keys: TrainKeys) -> _Models:
@@ -105,7 +106,7 @@ def _models(keys: TrainKeys) -> _Models:
     known = facts(model, "model")
     check_vocabulary(known, facts(reference, "reference") if reference else None)
     check_adapter_of(known, keys.adapter)
-    return _Models(model, reference, known.adapter)
+    return _Models(model, reference, known.adapter, known.virtual)
 
 
 # from here on torch and transformers are needed
