@@ -24,6 +24,7 @@ from preftune.runs.answers import Prompts, answers, kl
 from preftune.runs.job import Job, Run, scored, stop_here
 from preftune.runs.metrics import Sink
 from preftune.training.guards import written
+from preftune.training.memory import give_freed_back
 from preftune.training.moving import Moving
 from preftune.training.precision import Weights
 from preftune.training.signals import Stop
@@ -75,6 +76,7 @@ class Course:
                 job.progress("train", line["step"], len(self.the_plan), line)
                 if self._due(line["step"], last):
                     self._save()
+                    give_freed_back()  # its tensors were larger than those of a step
                     last = time.monotonic()
                 stop_here(self.stop)
                 if self._enough():

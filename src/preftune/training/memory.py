@@ -39,12 +39,21 @@ def memory_gb() -> float:
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed blocks for the next tensor of the same size. On the CPU every large tensor is otherwise
     mapped, zeroed by the kernel and unmapped again: up to half of a small model's step. Nothing happens elsewhere."""
-    if sys.platform != "linux" or torch.cuda.is_available():
+    if torch.cuda.is_available():
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # musl has none
-        mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        _of_glibc("mallopt", setting, 2**31 - 1)
+
+
+def give_freed_back() -> None:
+    """Gives back what was kept: after a checkpoint, say, whose tensors are larger than those of a step."""
+    _of_glibc("malloc_trim", 0)
+
+
+def _of_glibc(name: str, *given: int) -> None:
+    call = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if call is not None:  # musl has none
+        call(*given)
 
 
 def fits(
