@@ -90,8 +90,7 @@ def compared(a: int, b: int, gap: float) -> Comparison:
 def trained(task: Task, data: Sequence[Group], *, base: Any = None, **keys: Any) -> Any:
     """The packaged model (or `base`, which is changed) after a run with the demo's settings and these keys."""
     policy = base or load_model(model_folder())
-    fit(policy, task.tokenizer, data, **({"eval_groups": data[:1], "batch_size": STEP} | SETTINGS | keys))
-    return policy
+    return fit(policy, task.tokenizer, data, **({"eval_groups": data[:1], "batch_size": STEP} | SETTINGS | keys)).model
 
 
 def measured(task: Task, policy: Any, base: Any, *, new_tokens: int = NEW_TOKENS, seed: int = 2) -> dict[str, float]:

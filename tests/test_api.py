@@ -271,6 +271,15 @@ def test_fit_takes_loaded_models(given: Any, model: Any, tokenizer: Any) -> None
     assert refused.value.key == "model"
 
 
+def test_the_base_of_an_adapter_scores_with_it_and_is_not_trained_on(model: Any, tokenizer: Any) -> None:
+    groups = preftune.read(PAIRS[:4])
+    adapted = preftune.fit(model, tokenizer, groups, adapter="lora", **KEYS).model
+    batch = preftune.render(groups, tokenizer)
+    torch.testing.assert_close(preftune.score(model, batch).logp, preftune.score(adapted, batch).logp)
+    with pytest.raises(Refusal, match=r"an adapter was put into this model: .* run\.model"):
+        preftune.fit(model, tokenizer, groups, **KEYS)
+
+
 def test_fit_refuses_an_adapter_on_an_adapter(model: Any, tokenizer: Any) -> None:
     groups = preftune.read(PAIRS[:4])
     adapted = preftune.fit(model, tokenizer, groups, adapter="lora", **KEYS).model

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from preftune.models.adapters import is_adapter, virtual_tokens
+from preftune.models.adapters import inside, virtual_tokens
 from preftune.models.load import max_positions
 from preftune.models.randomness import random_state_kept
 from preftune.scoring.scorer import callable_itself, evaluation_mode
@@ -145,7 +145,7 @@ def _own_settings_aside(model: Any) -> Generator[None]:
     suppressed tokens. Samples would not be the model's own then, so its config is empty for the time of the call."""
     from transformers import GenerationConfig
 
-    owner = model.get_base_model() if is_adapter(model) else model
+    owner = inside(model)
     own, owner.generation_config = owner.generation_config, GenerationConfig()
     try:
         yield

@@ -20,13 +20,18 @@ TRAINED = ("lora_", "modules_to_save.", "prompt_encoder.")  # in the names of wh
 
 
 def is_adapter(model: Any) -> bool:
-    return hasattr(model, "peft_config")
+    """Whether it is a peft model. The base that one was made around has its layers too, and is none by itself."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def inside(model: Any) -> Any:
+    """The model of transformers in a peft model, and any other as it is."""
+    return model.get_base_model() if is_adapter(model) else model
 
 
 def gives_scalars(model: Any) -> bool:
     """Whether it is a sequence classifier with one label, as reward models are; a peft model is asked for what is inside."""
-    base = getattr(model, "get_base_model", None)
-    inner = base() if base else model
+    inner = inside(model)
     return callable(getattr(inner, "score", None)) and getattr(inner.config, "num_labels", None) == 1
 
 

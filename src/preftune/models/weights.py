@@ -49,7 +49,9 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
     """The weights that a model is saved with, put together on the first process; None where it is whole anyhow."""
     if not any(map(is_in_parts, model.parameters())):
         return None
-    adapter = hasattr(model, "peft_config")
+    from preftune.models.adapters import is_adapter  # here: adapters are made of weights
+
+    adapter = is_adapter(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     once = {name for name, _ in model.named_parameters()}  # tied weights
     state = model.state_dict()

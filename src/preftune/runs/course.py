@@ -76,7 +76,7 @@ class Course:
                 job.progress("train", line["step"], len(self.the_plan), line)
                 if self._due(line["step"], last):
                     self._save()
-                    give_freed_back()  # its tensors were larger than those of a step
+                    give_freed_back()
                     last = time.monotonic()
                 stop_here(self.stop)
                 if self._enough():
@@ -121,6 +121,7 @@ class Course:
             now = scored(job, self.training.weights.compute, job.held, rows, "evaluate", self.stop)
             line |= {f"eval/{k}": v for k, v in written(_held_line(job, now, self.held) | self._kl()).items()}
             self.best.offer(number, line.get("eval/loss"))
+            give_freed_back()
         self.sink(line)
         self.pending = None
 

@@ -121,8 +121,13 @@ _NOT_IN_FIT = {
 
 
 def _check_loaded(key: str, given: Any) -> None:
-    """Refuses what is no model: a path, or the keys of a run's `reference`."""
+    """Refuses what is no model: a path, the keys of a run's `reference`, or the inside of an adapter."""
+    from preftune.models.adapters import is_adapter
+
     if callable(getattr(given, "named_parameters", None)):
+        if hasattr(given, "peft_config") and not is_adapter(given):
+            line = "an adapter was put into this model: give the peft model around it, which fit returned as run.model"
+            raise Refusal(line, code="not_a_model", key=key)
         return
     settings = "; what a run's config says under `reference` is reference_store=, reference_sync_steps=, reference_sync_alpha="
     line = f"fit takes a loaded model of transformers, not {given!r:.80}" + (settings if isinstance(given, dict) else "")

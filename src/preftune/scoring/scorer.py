@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from preftune.data.render import Rendered
 from preftune.errors import Refusal
-from preftune.models.adapters import gives_scalars, virtual_tokens
+from preftune.models.adapters import gives_scalars, inside, virtual_tokens
 from preftune.scoring import attention, exact, flex
 from preftune.scoring.head import Head, Kind, ScalarHead, Value, backbone
 from preftune.scoring.rope import Rope
@@ -58,7 +58,7 @@ class Scorer(nn.Module):
     def __init__(self, model: Any, *, share: bool = True, head: Kind | None = None) -> None:
         super().__init__()
         self.model = model
-        self.inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.inner: Any = inside(model)
         scalar = gives_scalars(self.inner) if head is None else head == "scalar"
         self.head = ScalarHead(self.inner) if scalar else Head(self.inner)
         self.before = virtual_tokens(model)
@@ -248,7 +248,7 @@ def cannot_share(model: Any) -> str | None:
 
 def require_sharing(model: Any) -> None:
     """Refuses a model, or a peft model around one, whose answers cannot share their prompt."""
-    why = cannot_share(model.get_base_model() if hasattr(model, "peft_config") else model)
+    why = cannot_share(inside(model))
     if why:
         line = f"the model's answers cannot share their prompt: {why}; train.sharing=auto gives each its own copy"
         raise Refusal(line, code="cannot_share", key="train.sharing")

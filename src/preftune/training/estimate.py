@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from preftune import processes
 from preftune.data.render import Rendered
-from preftune.models.adapters import virtual_tokens
+from preftune.models.adapters import inside, virtual_tokens
 from preftune.models.load import max_positions
 from preftune.models.weights import count, frozen_bytes
 from preftune.scoring.head import backbone
@@ -122,7 +122,7 @@ def trained_bytes(trained: int, dtype: torch.dtype, *, best: bool, moving: bool 
 def kept_bytes(model: Any, dtype: torch.dtype) -> int:
     """Bytes per token that the backbone keeps for its backward pass, in the precision that computes: what autograd saves in a
     forward pass of a few tokens. On the meta device nothing is computed for it."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = inside(model)
     own = next(inner.parameters()).dtype
     weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, tuple[int, Tensor]] = {}  # with the tensor: a storage that is freed gives its place to the next

@@ -46,7 +46,7 @@ def keep_freed_memory() -> None:
 
 
 def give_freed_back() -> None:
-    """Gives back what was kept: after a checkpoint, say, whose tensors are larger than those of a step."""
+    """Gives back what was kept. For after an evaluation or a checkpoint, which take more than the next steps will use."""
     _of_glibc("malloc_trim", 0)
 
 
