@@ -233,5 +233,5 @@ def test_a_second_signal_stops_at_once_where_nobody_else_has_to(monkeypatch: pyt
 
 
 def test_one_process_tells_itself_what_it_says() -> None:
-    assert processes.gathered(3) == [3] and processes.of_first("a") == "a" and not processes.any_of(False)
+    assert processes.gathered(3) == [3] and processes.of_first("a") == "a"
     assert (processes.rank(), processes.size()) == (0, 1)

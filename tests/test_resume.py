@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from preftune.config import resolve
-from preftune.errors import Interrupted, Refusal
+from preftune.errors import Interrupted, Refusal, RunFailed
 from preftune.keys import TrainKeys
+from preftune.models import load
 from preftune.models.load import save_model
 from preftune.runs import checkpoint, course, metrics
 from preftune.runs.resume import keys_of
@@ -330,6 +331,29 @@ def test_a_full_disk_stops_nothing(
     (said,) = [r.getMessage() for r in caplog.records if "was not written" in r.getMessage()]
     assert "step 4" in said and "GB are free: free some in" in said and "step-000002 is there" in said
     assert [p.name for p in sorted((tmp_path / "run/checkpoints").glob("step-*"))] == ["step-000002", "step-000006"]
+
+
+def test_a_full_disk_at_the_end_costs_the_steps_since_the_last_checkpoint(
+    whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = load.save_model
+
+    def full(model: Any, tokenizer: Any, folder: Path, **more: Any) -> None:
+        def save(place: Path) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "save_pretrained", save)
+            right(model, tokenizer, folder, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "save_model", full)
+        with pytest.raises(RunFailed, match=r"model/ was not written .*free some in .* goes on from step-000006") as failed:
+            begin("full", tmp_path / "run")
+    assert failed.value.code == "os_error"
+    assert not list((tmp_path / "run").glob("model*"))
+    go_on(tmp_path / "run")
+    assert same(tmp_path / "run", whole("full"))
 
 
 def one(parent: Path, step: int, write: Callable[[Path], None] | None = None, keep: int = 2) -> Path:

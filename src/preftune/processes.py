@@ -94,10 +94,6 @@ def of_first(value: T) -> T:
     return held[0]
 
 
-def any_of(flag: bool) -> bool:
-    return any(gathered(flag))
-
-
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Each becomes the sum over all processes, the same to the bit on each."""
     if size() == 1:

@@ -153,7 +153,10 @@ def run(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder that was taken away
         place = str(error.filename) if error.filename is not None else None
         _fail(RunFailed(error.strerror or str(error), code="os_error", file=place), arguments)
-    except Exception as error:  # ours to mend: the trace is shown, and a program still gets its document
+    except Exception as error:
+        if processes.is_lost(error):
+            _fail(RunFailed("another process of this run has ended: its own line says why", code="lost_process"), arguments)
+        # ours to mend: the trace is shown, and a program still gets its document
         if "--json" in arguments:
             _print_error(RunFailed(f"{type(error).__name__}: {error}", code="internal"))
         raise
@@ -161,7 +164,7 @@ def run(arguments: list[str] | None = None) -> None:
 
 def _fail(error: PreftuneError, arguments: list[str]) -> None:
     # of the processes of one run each comes to the same error, and the first one says it, but for what befalls one of them
-    if not processes.number() or error.code == "out_of_memory":
+    if not processes.number() or error.code in ("out_of_memory", "os_error"):
         if "--json" in arguments:
             _print_error(error)
         print(f"preftune: {error}", file=sys.stderr)

@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from preftune.errors import Refusal
+from preftune.errors import Refusal, RunFailed
 from preftune.training.state import Saved
 
 log = logging.getLogger("preftune")
@@ -96,6 +97,27 @@ def tried(what: str, place: Path, write: Callable[[], T]) -> T | None:
         there = f"{kept.name} is there" if kept else "there is no checkpoint yet"
         log.warning(f"{what} was not written ({reason(found, place)}); {there}")
         return None
+
+
+@contextmanager
+def needed(what: str, place: Path, again: str) -> Generator[None]:
+    """Inside, something is written that a run has to end with.
+
+    Args:
+        place: the folder of the checkpoints. again: how the run goes on from the newest.
+
+    Raises:
+        RunFailed: it could not be.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = _of_the_disk(error)
+        if found is None:
+            raise
+        kept = newest(place)
+        then = f"; {again} goes on from {kept.name}" if kept and again else ""
+        raise RunFailed(f"{what} was not written ({reason(found, place)}){then}", code="os_error") from error
 
 
 def reason(error: OSError, place: Path) -> str:

@@ -105,6 +105,7 @@ def conduct(setup: Setup) -> Run:
     from preftune.models.load import save_model
     from preftune.models.low_rank import fused
     from preftune.models.weights import whole_state
+    from preftune.runs.checkpoint import needed
     from preftune.runs.reference import OWN
     from preftune.runs.trainer import run
     from preftune.training.determinism import deterministic
@@ -126,7 +127,8 @@ def conduct(setup: Setup) -> Run:
             result.model = merged(result.model)
         state = whole_state(result.model) if job.out else None
         if out is not None:
-            save_model(result.model, setup.tokenizer, out / "model", dtype=job.dtype, state=state)
+            with needed("model/", out / "checkpoints", job.again):
+                save_model(result.model, setup.tokenizer, out / "model", dtype=job.dtype, state=state)
             _close_folder(out, result, environment | {"seconds": round(time.time() - started, 1)})
     return result
 

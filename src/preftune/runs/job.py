@@ -126,5 +126,6 @@ class Stopped(Exception):
 
 def stop_here(stop: Stop) -> None:
     """All processes of a run ask at the same places: a signal that came to one of them stops all."""
-    if processes.any_of(stop.signal is not None):
+    stop.signal = max(processes.gathered(stop.signal or 0)) or None
+    if stop.signal:
         raise Stopped

@@ -45,7 +45,10 @@ def train(keys: TrainKeys, *, config: Path | None = None, progress: Progress | N
     with processes.joined():
         with processes.agreeing():
             setup = _setup(keys, config, progress)
-        return conduct(setup) if isinstance(setup, Setup) else setup
+        if not isinstance(setup, Setup):
+            return setup
+        _check_shared(setup.resume)
+        return conduct(setup)
 
 
 def _setup(keys: TrainKeys, config: Path | None, progress: Progress | None) -> Setup | dict[str, Any]:
@@ -72,6 +75,14 @@ def _setup(keys: TrainKeys, config: Path | None, progress: Progress | None) -> S
     resume = _checkpoint(reopened, keys, rendered) if reopened else None
     model, references = _loaded(keys, found, tokenizer, rendered, config)
     return Setup(model, tokenizer, rendered, keys, references, found.model, out, progress, reopened is not None, resume)
+
+
+def _check_shared(resume: Path | None) -> None:
+    """Refuses a run folder that is not the same for all processes, as on machines without a common disk."""
+    found = {path.name if path else "none" for path in processes.gathered(resume)}
+    if len(found) > 1:
+        line = f"processes see different checkpoints ({', '.join(sorted(found))}): all machines need the same run folder"
+        raise Refusal(line, code="not_shared", key="resume")
 
 
 def _check_processes(keys: TrainKeys) -> None:
