@@ -372,6 +372,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert '"formatting": "sharegpt", "ranking": true' in done.err
     refused = call(capsys, "convert", "in.jsonl", "out.json", "to=pairs")
     assert (refused.code, "overwrite=true" in refused.err) == (2, True)
+    held = Path("in.jsonl").read_bytes()
+    itself = call(capsys, "convert", "in.jsonl", "./in.jsonl", "to=pairs", "overwrite=true", "data.limit=1")
+    assert (itself.code, "would be written over" in itself.err, Path("in.jsonl").read_bytes()) == (2, True, held)
     done = call(capsys, "convert", "in.jsonl", "out.json", "to=pairs", "overwrite=true", "data.limit=1", "--json")
     assert done.json == {
         "out": "out.json", "format": "pairs", "rows": 1, "not_held": {}, "changed": {}, "other_columns": {"annotator": 1},

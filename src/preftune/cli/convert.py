@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from preftune.config import resolve
@@ -28,6 +29,8 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     source, place = places
     keys = resolve(ConvertKeys, [word for word in words if "=" in word])
     target = _target(keys.to)
+    if Path(place).exists() and Path(source).exists() and Path(place).samefile(source):
+        raise Refusal("what is read would be written over: name another file", code="out_is_input", file=place)
     out = files.choose_file(place, overwrite=keys.overwrite)
     check_ending(out)
     if keys.data.sources:
