@@ -73,8 +73,8 @@ def in_store(out: Path) -> bool:
     return own.is_file() and own.stat().st_size > 0
 
 
-def killed(words: list[str], out: Path, moment: float | Callable[[Path], bool], after: float) -> tuple[float, int]:
-    """(seconds after which the process was killed, steps in metrics.jsonl)"""
+def killed(words: list[str], out: Path, moment: float | Callable[[Path], bool], after: float) -> tuple[float, int] | None:
+    """(seconds after which the process was killed, steps in metrics.jsonl); None: it had ended before that."""
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.monotonic()
     while process.poll() is None:
@@ -84,6 +84,8 @@ def killed(words: list[str], out: Path, moment: float | Callable[[Path], bool], 
             break
         time.sleep(0.0005)
     process.wait()
+    if process.returncode != -signal.SIGKILL:
+        return None
     path = out / "metrics.jsonl"
     return time.monotonic() - began, len(path.read_text().splitlines()) if path.is_file() else 0
 
@@ -104,20 +106,23 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for n in range(words.kills):
         kind = "store" if n % 10 == 1 else "checkpoint" if n % 10 in (2, 5, 8) else "any moment"
-        moment: Any = {"store": in_store, "checkpoint": in_checkpoint}.get(kind, rng.uniform(0.2, 1.0) * seconds)
-        out = words.work / f"run-{n}"
-        at, steps = killed(command(words.work, out), out, moment, rng.uniform(0.0, 0.8) * seconds)
-        if (out / "config.yaml").is_file() and not (out / "evaluation.json").is_file():
+        out, done = words.work / f"run-{n}", None
+        while done is None:  # a run may be faster than the first one, and end before its moment
+            shutil.rmtree(out, ignore_errors=True)
+            for stored in words.work.glob(f"{out.name}.sqlite*"):
+                stored.unlink()
+            moment: Any = {"store": in_store, "checkpoint": in_checkpoint}.get(kind, rng.uniform(0.2, 1.0) * seconds)
+            late = 0.6 * seconds if kind == "checkpoint" else 0.0  # the store is written once, early
+            done = killed(command(words.work, out), out, moment, rng.uniform(0.0, 1.0) * late)
+        at, steps = done
+        if (out / "config.yaml").is_file():
             again = [sys.executable, "-m", "preftune", "train", f"resume={out}", "--quiet"]
-        elif (out / "evaluation.json").is_file():  # complete before the moment came
-            again = []
         else:  # before the folder was there: nothing had been begun
             shutil.rmtree(out, ignore_errors=True)
             again = command(words.work, out)
-        if again:
-            subprocess.run(again, check=True)
+        subprocess.run(again, check=True)
         same = left(out) == expected
-        found.append({"moment": kind, "seconds": round(at, 2), "steps": steps, "resumed": bool(again), "same": same})
+        found.append({"moment": kind, "seconds": round(at, 2), "steps": steps, "same": same})
         print(
             f"{n + 1:3} {kind:12} killed after {at:6.2f} s, step {steps:3}: {'the same' if same else 'DIFFERENT'}", flush=True
         )
