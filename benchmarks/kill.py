@@ -115,7 +115,9 @@ def main() -> None:
             late = 0.6 * seconds if kind == "checkpoint" else 0.0  # the store is written once, early
             done = killed(command(words.work, out), out, moment, rng.uniform(0.0, 1.0) * late)
         at, steps = done
-        if (out / "config.yaml").is_file():
+        if (out / "evaluation.json").is_file():  # complete but for its page
+            again = [sys.executable, "-m", "preftune", "report", str(out), "--quiet"]
+        elif (out / "config.yaml").is_file():
             again = [sys.executable, "-m", "preftune", "train", f"resume={out}", "--quiet"]
         else:  # before the folder was there: nothing had been begun
             shutil.rmtree(out, ignore_errors=True)

@@ -126,6 +126,8 @@ def test_killed_after_any_step(kind: str, step: int, whole: Callable[[str], Path
         ("preftune.runs.metrics.Sink.__call__", 3),
         ("preftune.runs.conduct.files.write_json", 1),
         ("preftune.runs.trainer.files.write_json", 2),
+        ("preftune.runs.conduct.files.write_lines", 2),
+        ("preftune.runs.conduct.files.write_json", 5),
     ],
 )
 def test_killed_within_any_write(

@@ -267,7 +267,8 @@ def _open_folder(out: Path, keys: TrainKeys, setup: Setup) -> dict[str, Any]:
 def _close_folder(out: Path, result: Run, environment: dict[str, Any]) -> None:
     """The figures and the report; the weights are saved by then."""
     kept = {"kept_step": result.kept_step}
-    files.write_json(out / "evaluation.json", {"before": result.before, "after": result.after, **kept})
     files.write_lines(out / "samples.jsonl", result.samples)
     files.write_json(out / "environment.json", environment)
+    # by this file a run is complete, and is not gone on with: whatever cannot be made from the others is there before
+    files.write_json(out / "evaluation.json", {"before": result.before, "after": result.after, **kept})
     report.write(out)
