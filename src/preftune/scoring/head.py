@@ -52,7 +52,9 @@ class Head:
         self.plain = self._is_plain()
         if not self.plain and not self._runs(model):
             self.body = self.shell = None
-        self.entries = CPU_BLOCK if next(model.parameters()).device.type == "cpu" else BLOCK
+        weight = getattr(self.output, "weight", None)
+        device = next(model.parameters()).device if weight is None else weight.device
+        self.entries = CPU_BLOCK if device.type == "cpu" else BLOCK
         # gives the tensor that a plain head's weight gradient is added to in the backward pass; None: autograd gets it
         self.into: Callable[[], Tensor] | None = None
         if not self.plain and model not in _SAID:
@@ -212,14 +214,15 @@ class _LinearLogp(Function):
         entries: int,
         into: Callable[[], Tensor] | None,
     ) -> Tensor:
-        rows = _block(weight.shape[0], entries)
-        # made before the blocks: what stays between two of them would keep glibc from using their place again
+        rows = min(_block(len(weight), entries), max(1, len(hidden)))
         logp, log_z = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+        space, other = (_Space(rows * len(weight), hidden) for _ in range(2))
         for h, t, p, z in zip(*(each.split(rows) for each in (hidden, targets, logp, log_z)), strict=True):
-            logits = linear(h, weight, bias).float()
+            logits = space.product(h, weight, bias)
             at = logits.gather(-1, t[:, None]).squeeze(-1)
             # one pass over each row; logsumexp takes four, with a copy of all rows
-            p.copy_(torch.log_softmax(logits, -1).gather(-1, t[:, None]).squeeze(-1))
+            log_p = torch.log_softmax(logits, -1, out=other.of(logits.shape))
+            p.copy_(log_p.gather(-1, t[:, None]).squeeze(-1))
             z.copy_(at - p)
         ctx.entries, ctx.into = entries, into
         ctx.save_for_backward(hidden, weight, bias, targets, log_z)
@@ -237,9 +240,10 @@ class _LinearLogp(Function):
         into = ctx.into() if for_weight and ctx.into else None
         d_weight = torch.empty_like(weight) if for_weight and into is None else None
         d_bias = torch.empty_like(bias) if for_bias else None
+        space = _Space(len(hidden) * min(columns, len(weight)), hidden)
         for first in range(0, len(weight), columns):
             w, b = weight[first : first + columns], None if bias is None else bias[first : first + columns]
-            logits = linear(hidden, w, b).float()
+            logits = space.product(hidden, w, b)
             gradient = (torch.softmax(logits, -1) if whole else logits.sub_(log_z[:, None]).exp_()).mul_(-g)
             inside = (targets >= first) & (targets < first + columns)
             places = inside.nonzero().flatten()
@@ -256,6 +260,30 @@ class _LinearLogp(Function):
             if into is not None:
                 _add_product(into[first : first + columns], gradient.T, hidden)
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
+
+
+class _Space:
+    """The place of a block of logits, made once: of blocks made one after the other, glibc would not use the place again.
+
+    Args:
+        entries: of the largest block; held in float32.
+        like: a tensor on the device.
+    """
+
+    def __init__(self, entries: int, like: Tensor) -> None:
+        self.held = like.new_empty(entries, dtype=torch.float32)
+
+    def of(self, shape: torch.Size) -> Tensor:
+        return self.held[: shape.numel()].view(shape)
+
+    def product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """W h + b of each row, here; taken in their precision, given in float32."""
+        out = self.of(torch.Size((len(hidden), len(weight))))
+        if hidden.dtype != out.dtype:
+            return out.copy_(linear(hidden, weight, bias))
+        if bias is None:
+            return torch.mm(hidden, weight.T, out=out)
+        return torch.addmm(bias, hidden, weight.T, out=out)
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
