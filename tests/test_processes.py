@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,6 +129,27 @@ def test_a_run_in_parts_is_saved_whole_and_goes_on_in_one_process(
     again = call(capsys, "train", f"resume={parted}", "steps=6")
     assert again.code == 0 and "going on after step 4 of 6" in again.err
     assert [line["step"] for line in metrics.read(parted / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_processes_go_on_as_they_would_have(files: Path, tmp_path: Path) -> None:
+    """To the bit, with evaluations between the steps; what dropout drops in one is none of the other's."""
+    how = ["adapter=lora", "adapter.dropout=0.5", "train.eval_every=2", "train.save_every=2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for code, _, err in ended(start(2, *words(files, *how, f"out={whole}"))):
+        assert code == 0, err
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "step-000004")
+    (parts / "evaluation.json").unlink()
+    for code, _, err in ended(start(2, "-m", "preftune", "train", f"resume={parts}")):
+        assert code == 0, err
+    measured = {"pairs_per_s", "tokens_per_s", "memory_gb"}  # of this machine at this moment
+    one, two = (
+        [{key: line[key] for key in line if key not in measured} for line in metrics.read(folder / "metrics.jsonl")]
+        for folder in (whole, parts)
+    )
+    assert [line["step"] for line in one] == [1, 2, 3, 4] and one == two
+    first, second = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (whole, parts))
+    assert first and all(torch.equal(weight, second[name]) for name, weight in first.items())
 
 
 def test_two_processes_go_on_after_the_last_step(files: Path, tmp_path: Path) -> None:

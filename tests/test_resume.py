@@ -364,7 +364,7 @@ def one(parent: Path, step: int, write: Callable[[Path], None] | None = None, ke
     def plain(folder: Path) -> None:
         folder.mkdir(parents=True)
 
-    saved = Saved({"random.0": torch.tensor([step])}, {"step": step})
+    saved = Saved({"random.0.0": torch.tensor([step])}, {"step": step})
     return checkpoint.save(parent, step, saved, write or plain, keep=keep)
 
 

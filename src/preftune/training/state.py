@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preftune import processes
 from preftune.models.randomness import random_state, set_random_state
 from preftune.models.weights import parted, whole
 from preftune.training.moving import Moving
@@ -51,12 +52,13 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it that is a tensor, by name, where it stands: `weight.` the float32 masters, `optimizer.` its state of each,
-        `reference.` the weights of a reference that moves, `random.` the generators."""
+        `reference.` the weights of a reference that moves, `random.` the generators of each process."""
         found = {f"weight.{name}": master for name, master in zip(self.weights.names, self.weights.masters, strict=True)}
         if self.moving is not None:
             found |= {f"reference.{name}": own for name, own in zip(self.weights.names, self.moving.masters, strict=True)}
         found |= {f"optimizer.{name}.{key}": own[key] for name, key, own in self._moments() if isinstance(own[key], Tensor)}
-        found |= {f"random.{n}": state for n, state in enumerate(self.random)}
+        for rank, states in enumerate(processes.gathered(self.random)):
+            found |= {f"random.{rank}.{n}": state for n, state in enumerate(states)}
         return {name: whole(tensor.detach()) for name, tensor in found.items()}
 
     def facts(self) -> dict[str, Any]:
@@ -80,9 +82,10 @@ class Training:
                 own[key].copy_(parted(tensors[f"optimizer.{name}.{key}"], own[key]))
             else:
                 own[key] = facts["optimizer"][name][key]
-        count = sum(key.startswith("random.") for key in tensors)
-        device = self.weights.compute.device
-        set_random_state(device, [tensors[f"random.{n}"].cpu() for n in range(count)])
+        own = f"random.{processes.rank()}."
+        count = sum(key.startswith(own) for key in tensors)
+        if count:  # a process more than there were keeps the numbers that its own seed gives
+            set_random_state(self.weights.compute.device, [tensors[f"{own}{n}"].cpu() for n in range(count)])
         self.skipped = facts.get("skipped", 0)
         self.taken(facts["step"], facts["budget"])
 
