@@ -3,7 +3,8 @@
     python benchmarks/memory.py --hh harmless-base-test.jsonl.gz
 
 Every case is a process of its own: `preftune train` with dry_run=true, then the same run, of one step. What is estimated is
-what the run adds to the process: Python and its libraries, resident before anything is loaded, are taken off the peak.
+what the run adds to the process: Python and its libraries, resident before anything is loaded, are taken off the peak. One
+prompt is held out, and answered before and after.
 """
 
 from __future__ import annotations
@@ -45,10 +46,8 @@ def case(folder: Path, how: dict[str, Any]) -> dict[str, Any]:
 
     from preftune.config import resolve
     from preftune.keys import TrainKeys
-    from preftune.runs import trainer
     from preftune.runs.train import train
 
-    trainer.sample_prompts = lambda job: ([], [])  # answers before and after take time, and no more memory than the step
     lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
     size = json.loads((folder / "settings.json").read_text())["batch"]
     with tempfile.TemporaryDirectory(dir=folder) as place:

@@ -33,7 +33,7 @@ from preftune.scoring import head
 from preftune.scoring.score import default_budget, passes, score
 from preftune.scoring.scorer import Scorer
 from preftune.training import estimate, memory, precision
-from preftune.training.estimate import Estimate, kept_bytes, pass_tokens
+from preftune.training.estimate import BESIDE, Estimate, kept_bytes, pass_tokens
 from preftune.training.gradient import Step, backward
 from preftune.training.method import ExampleScores
 from preftune.training.options import TrainOptions
@@ -416,7 +416,7 @@ def test_where_counting_fails_the_budget_is_the_usual_one(
 
     monkeypatch.setattr(estimate, "kept_bytes", fails)
     found = Estimate.of(tiny.model(), torch.float32, best=False, reference=True)
-    assert found.token_bytes is None and found.peak_bytes(100) is None
+    assert found.token_bytes is None and found.peak_bytes(100, 100) is None
     assert found.tokens(10**12) == found.tokens(None) == default_budget(tiny.model())
     (said,) = caplog.messages
     assert "memory per token is not known" in said and "too many values" in said
@@ -444,13 +444,19 @@ def test_kept_bytes_are_those_that_a_longer_pass_adds(name: str) -> None:
 
 
 def test_budgets_follow_the_free_memory() -> None:
-    each = Estimate(parameters=10, trained=10, fixed_bytes=10**9, token_bytes=10**6, operations=1.0, usual=1024)
+    each = Estimate(
+        parameters=10, trained=10, fixed_bytes=10**9, late_bytes=10**8, token_bytes=10**6, operations=1.0, usual=1024
+    )
     assert each.tokens(None) == 1024 and each.tokens(10**12) == estimate.LARGEST
     assert each.tokens(10**8) == estimate.SMALLEST
     free = 5 * 10**9
     assert each.tokens(free) % 256 == 0
-    assert 0.9 * free < (each.peak_bytes(each.tokens(free)) or 0) / 0.8 < 1.2 * free
-    assert (each.peak_bytes(each.tokens(free)) or 0) < free
+    budget = each.tokens(free)
+    peak = each.peak_bytes(budget, 10**6) or 0
+    assert 0.9 * free < peak / 0.8 < 1.2 * free and peak < free
+    # in a step's only pass there is no gradient yet when the activations are most
+    assert each.peak_bytes(budget, budget) == peak - 10**8
+    assert each.peak_bytes(budget, 10) == each.peak_bytes(20, 10) == 10**9 + BESIDE  # too few to free that much
 
 
 def test_free_memory_is_what_the_tighter_of_machine_and_container_leaves(tmp_path: Path) -> None:

@@ -495,3 +495,23 @@ def test_what_is_refused(whole: Callable[[str], Path], place: Path, tmp_path: Pa
     finally:
         (place / "pairs.jsonl").write_text(before)
     assert lines(run)[-1]["step"] == STEPS, "nothing was touched"
+
+
+def test_the_lines_of_the_metrics_are_on_the_disk_before_the_checkpoint_of_their_step(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine may lose its power, too."""
+    done: list[str] = []
+    sync = os.fsync
+
+    def watched(handle: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        done.append(name if name != "metrics.jsonl" else (tmp_path / "run" / name).read_text())
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with pytest.raises(Killed):
+        begin("full", tmp_path / "run", at("train", 4))
+    manifests = [n for n, name in enumerate(done) if name == checkpoint.MANIFEST]
+    counts = [max(text.count('"step"') for text in done[:n]) for n in manifests]
+    assert counts == [2]

@@ -159,18 +159,19 @@ class Course:
             return None
         place = job.out / "checkpoints"
         facts = training.facts() | {"pending": self.pending, "best": [best.step, best.loss, best.waited] if best.step else None}
-        return checkpoint.tried(
-            f"the checkpoint of step {training.step:,}",
-            place,
-            lambda: checkpoint.save(
+
+        def write() -> Path:
+            self.sink.flush()
+            return checkpoint.save(
                 place,
                 training.step,
                 Saved(tensors, facts),
                 lambda folder: save_model(training.weights.compute, job.tokenizer, folder, state=state),
                 beside=place / BEST if best.step else None,
                 keep=job.keys.train.keep_checkpoints,
-            ),
-        )
+            )
+
+        return checkpoint.tried(f"the checkpoint of step {training.step:,}", place, write)
 
     def _taken_up(self) -> Saved:
         """What the run that stopped had come to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +50,11 @@ class Sink:
                 write_warnings(self._out, self.guards)
         for tracker in self._others:
             tracker.log(line)
+
+    def flush(self) -> None:
+        """To the disk itself, before a checkpoint stands there for the steps of these lines."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
 
 @contextlib.contextmanager

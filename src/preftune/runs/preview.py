@@ -109,7 +109,7 @@ def takes(keys: TrainKeys, found: Estimate, largest: int, tokens: int) -> dict[s
 
     free, fixed = free_bytes(device()), found.fixed_bytes
     budget = keys.train.tokens_per_microbatch or found.tokens(free)
-    peak = found.peak_bytes(min(budget, largest))
+    peak = found.peak_bytes(budget, largest)
     seconds = found.seconds(tokens, matrix_rate(DTYPES[keys.dtype] if keys.dtype else default_dtype(device()), device()))
     weights = (
         f"{fixed / 1e9:.3g} for {found.parameters:,} parameters, {found.trained:,} of them trained, with float32 gradients and "

@@ -28,8 +28,12 @@ log = logging.getLogger("preftune")
 
 LARGEST, SMALLEST = 16_384, 256  # tokens of a micro-batch: more makes no step faster, fewer makes it slower than it need be
 SHARE = 0.8  # of the free memory that activations may take: the allocator's gaps, and what other programs do meanwhile
-HEAD = 3 * 2**27  # bytes: three blocks of float32 logits
-PASSING = 1.3  # what all layers keep for the backward pass, and the temporary tensors of one of them there
+# bytes: three blocks of float32 logits on a GPU. On the CPU blocks are small; there it is what is imported on the way, and
+# what glibc keeps without using it again
+BESIDE = 3 * 2**27
+PASSING = (
+    1.2  # what all layers keep for the backward pass, the temporary tensors of one of them there, and the allocator's gaps
+)
 EFFICIENCY = 0.5  # of the rate of one matrix product that a whole step reaches
 _TOKENS = 64
 
@@ -38,14 +42,16 @@ _TOKENS = 64
 class Estimate:
     """Of one run, on one device.
 
-    parameters, trained: of the model. fixed_bytes: weights, gradients and the optimizer's state. token_bytes: activations per
-    token of a micro-batch; None: they could not be counted. operations: per token of a training step, with a reference's
-    forward pass where there is one. usual: the token budget where nothing says how much memory there is.
+    parameters, trained: of the model. fixed_bytes: weights, gradients and the optimizer's state. late_bytes: of these, the
+    gradients that are made while the backward pass frees activations. token_bytes: activations per token of a micro-batch;
+    None: they could not be counted. operations: per token of a training step, with a reference's forward pass where there is
+    one. usual: the token budget where nothing says how much memory there is.
     """
 
     parameters: int
     trained: int
     fixed_bytes: int
+    late_bytes: int
     token_bytes: int | None
     operations: float
     usual: int
@@ -81,15 +87,17 @@ class Estimate:
         usual, token_bytes = default_budget(model), None
         try:
             token_bytes = int(PASSING * kept_bytes(model, dtype))
-            if checkpointing:  # one layer's at a time, and the input of each
+            if checkpointing:  # one layer's at a time with their gradients, and the input of each
                 text = model.config.get_text_config()
-                token_bytes = token_bytes // text.num_hidden_layers + text.hidden_size * dtype.itemsize * text.num_hidden_layers
+                inputs = text.hidden_size * dtype.itemsize * text.num_hidden_layers
+                token_bytes = 2 * token_bytes // text.num_hidden_layers + inputs
         except Exception as error:  # a model's own code, called in a way that only counting needs
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             log.warning(f"memory per token is not known, {type(model).__name__} fails where it is counted ({said})")
         return cls(
             parameters=total,
             trained=trained,
+            late_bytes=0 if checkpointing else math.ceil(4 * trained / parts),
             fixed_bytes=math.ceil((frozen + state + trained_bytes(trained, dtype, best=best, moving=moving)) / parts),
             token_bytes=token_bytes,
             operations=2.0 * _multiplied(model) * passes,
@@ -100,15 +108,20 @@ class Estimate:
         """For so many tokens of training steps, at the `matrix_rate` of a machine."""
         return tokens * self.operations / (EFFICIENCY * rate)
 
-    def peak_bytes(self, tokens: int) -> int | None:
-        """With micro-batches of at most so many tokens."""
-        return None if self.token_bytes is None else self.fixed_bytes + self.token_bytes * tokens + HEAD
+    def peak_bytes(self, budget: int, largest: int) -> int | None:
+        """With micro-batches of at most `budget` tokens, the largest step having so many. Where one holds a whole step, there is
+        no gradient yet when the activations are most."""
+        if self.token_bytes is None:
+            return None
+        passing = self.token_bytes * min(budget, largest)
+        late = min(self.late_bytes, passing) if largest <= budget else 0
+        return self.fixed_bytes - late + passing + BESIDE
 
     def tokens(self, free: int | None) -> int:
         """The token budget for so much memory, of which nothing is taken yet: a multiple of 256, at most 16,384."""
         if free is None or self.token_bytes is None:
             return self.usual
-        fitting = int((SHARE * (free - self.fixed_bytes) - HEAD) / max(1, self.token_bytes))
+        fitting = int((SHARE * (free - self.fixed_bytes) - BESIDE) / max(1, self.token_bytes))
         return max(SMALLEST, min(LARGEST, fitting // SMALLEST * SMALLEST))
 
 
