@@ -52,8 +52,9 @@ def test_layers_run_twice_and_only_where_there_is_a_gradient() -> None:
 
 
 def test_it_takes_less_memory_and_more_time() -> None:
-    plain, less = (Estimate.of(tiny.model(), torch.float32, best=False, reference=True, checkpointing=c) for c in (False, True))
-    assert less.token_bytes and plain.token_bytes and less.token_bytes < plain.token_bytes
+    model = tiny.model(num_hidden_layers=8)
+    plain, less = (Estimate.of(model, torch.float32, best=False, reference=True, checkpointing=c) for c in (False, True))
+    assert less.token_bytes and plain.token_bytes and less.token_bytes < plain.token_bytes / 2
     assert less.operations / plain.operations == pytest.approx(5 / 4)
 
 

@@ -90,7 +90,7 @@ class Estimate:
             if checkpointing:  # one layer's at a time with their gradients, and the input of each
                 text = model.config.get_text_config()
                 inputs = text.hidden_size * dtype.itemsize * text.num_hidden_layers
-                token_bytes = 2 * token_bytes // text.num_hidden_layers + inputs
+                token_bytes = min(token_bytes, 2 * token_bytes // text.num_hidden_layers + inputs)
         except Exception as error:  # a model's own code, called in a way that only counting needs
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             log.warning(f"memory per token is not known, {type(model).__name__} fails where it is counted ({said})")
@@ -109,8 +109,8 @@ class Estimate:
         return tokens * self.operations / (EFFICIENCY * rate)
 
     def peak_bytes(self, budget: int, largest: int) -> int | None:
-        """With micro-batches of at most `budget` tokens, the largest step having so many. Where one holds a whole step, there is
-        no gradient yet when the activations are most."""
+        """With micro-batches of at most `budget` tokens, where the largest step has so many. In a step's only micro-batch there
+        is no gradient yet when the activations are most."""
         if self.token_bytes is None:
             return None
         passing = self.token_bytes * min(budget, largest)
