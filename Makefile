@@ -52,6 +52,7 @@ bench: $(READY)  ## every benchmark, hours: make bench TRL=<python that has trl>
 	$(BIN)/python benchmarks/store_sweep.py --hh $(HH) --dtype $$dtype; \
 	$(BIN)/python benchmarks/rates.py --hh $(HH) --dtype $$dtype --profile-ops; \
 	$(BIN)/python benchmarks/head_memory.py --dtype $$dtype; \
+	$(BIN)/python benchmarks/memory.py --hh $(HH) --dtype $$dtype; \
 	done
 	$(BIN)/python benchmarks/split.py --dtypes $(DTYPES)
 

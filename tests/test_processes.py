@@ -179,6 +179,23 @@ def test_a_process_that_dies_ends_the_run_with_what_was_trained(parallel: str, s
     assert "another process of this run has ended" in err and f"train resume={out} {said}" in err
 
 
+DIES = """
+import os
+from preftune.cli.app import run
+from preftune.models import load
+if os.environ["RANK"] == "1":
+    load.load_model = lambda *given, **more: os._exit(9)
+run()
+"""
+
+
+def test_a_process_that_dies_while_it_loads_ends_the_run_too(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (code, _, err), (died, _, _) = ended(start(2, "-c", DIES, *words(files, f"out={out}")[2:]), seconds=60)
+    assert (code, died) == (1, 9) and "Traceback" not in err, err
+    assert "another process of this run has ended" in err and not out.exists()
+
+
 def test_the_first_process_alone_speaks_of_a_refusal(files: Path, tmp_path: Path) -> None:
     (first, _, said), (second, _, nothing) = ended(start(2, *words(files, "batch_size=1", f"out={tmp_path / 'run'}")))
     assert first == second == 2
