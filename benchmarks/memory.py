@@ -46,8 +46,10 @@ def case(folder: Path, how: dict[str, Any]) -> dict[str, Any]:
 
     from preftune.config import resolve
     from preftune.keys import TrainKeys
+    from preftune.runs import answers
     from preftune.runs.train import train
 
+    answers.NEW_TOKENS = 16  # more take their time, and hardly memory
     lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
     size = json.loads((folder / "settings.json").read_text())["batch"]
     with tempfile.TemporaryDirectory(dir=folder) as place:

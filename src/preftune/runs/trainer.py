@@ -33,7 +33,7 @@ from preftune.runs.reference import references
 from preftune.scoring.scorer import Scorer
 from preftune.scoring.selfcheck import check_path
 from preftune.training.guards import Guards
-from preftune.training.memory import is_out_of_memory
+from preftune.training.memory import give_freed_back, is_out_of_memory
 from preftune.training.precision import Weights
 from preftune.training.signals import Stop
 from preftune.training.steps import Plan
@@ -74,6 +74,7 @@ def run(job: Job, stop: Stop) -> Run:
             sink = taken.enter_context(open_metrics(place, job.keys, guards, after=_measured_until(job)))
             course = Course(job, weights, the_plan, held, stop, result, sink, prompts)
             course.go(reference)
+            give_freed_back()  # for the reference, which is loaded again for the KL
             result.kept_step = course.best.restore() or result.metrics[-1]["step"]
             result.after = course.measured()
             later = answers(job, weights, prompts, stop)
