@@ -29,7 +29,7 @@ CASES: list[tuple[str, dict[str, int], int, list[str]]] = [  # profile, other si
     ("hh", {}, 4096, ["adapter=lora"]),
     ("hh", {}, 512, ["adapter=lora"]),
     ("hh", {}, 512, ["train.optimizer=adafactor"]),
-    ("hh", {}, 1024, ["method=simpo", "train.eval_every=1"]),
+    ("hh", {}, 1024, ["method=simpo", "train.eval_every=1", "steps=2"]),
     ("four", {}, 2048, []),
     ("summaries", {}, 2048, []),
     ("chat", {}, 2048, []),

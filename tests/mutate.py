@@ -4,7 +4,7 @@
     python tests/mutate.py KL span    those whose name holds one of the words
 
 Works on a copy of src/ and tests/ in a temporary folder. Exit 1 if a change survives, if the test fails without it too, or
-if its text does not stand exactly once in the file.
+if its text does not stand exactly once in the file; 2 if no change has such a name.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def verdict(copy: Path, mutation: dict[str, str]) -> str:
 def main(words: list[str]) -> int:
     mutations = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text(encoding="utf-8"))["mutation"]
     chosen = [m for m in mutations if not words or any(w.lower() in m["name"].lower() for w in words)]
-    if not chosen:
-        print(f"no change's name holds {' or '.join(words)}; mutations.toml lists them", file=sys.stderr)
-        return 2
     for mutation in [m for m in chosen if "needs" in m and find_spec(m["needs"]) is None]:
         print(f"left out, {mutation['needs']} is not installed: {mutation['name']}")
         chosen.remove(mutation)
+    if not chosen:
+        print(f"no change is left whose name holds {' or '.join(words)}; mutations.toml lists them", file=sys.stderr)
+        return 2
     started, bad = time.perf_counter(), 0
     with tempfile.TemporaryDirectory(prefix="preftune-mutate-") as folder:
         copy = copied(Path(folder))

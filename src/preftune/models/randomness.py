@@ -19,9 +19,9 @@ def random_state(device: torch.device) -> list[Tensor]:
 
 
 def set_random_state(device: torch.device, state: list[Tensor]) -> None:
-    """Puts back what `random_state` gave for the same device."""
+    """Puts back what `random_state` gave; of a CPU's, on a device with a generator of its own, that stays as it is."""
     torch.set_rng_state(state[0])
-    if device.type not in _WITHOUT:
+    if device.type not in _WITHOUT and len(state) > 1:
         torch.get_device_module(device).set_rng_state(state[1], device)
 
 

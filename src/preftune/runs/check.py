@@ -67,4 +67,4 @@ def _run(keys: CheckKeys, checked: Checked, tokens: Tokens) -> dict[str, Any]:
     steps, largest = tokens.steps(keys.batch_size)
     found: dict[str, Any] = {"method": method.label, "steps": steps, "batch_size": keys.batch_size}
     estimate = preview.estimate_of(run, evaluates=True)
-    return found | (preview.takes(run, estimate, largest, tokens.summary()["shared"]) if estimate else {})
+    return found | (preview.takes(run, estimate, [largest], tokens.summary()["shared"]) if estimate else {})

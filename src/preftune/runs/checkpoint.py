@@ -23,7 +23,7 @@ from preftune.training.state import Saved
 
 log = logging.getLogger("preftune")
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, TENSORS, FACTS = "manifest.json", "state.safetensors", "state.json"
 Write = Callable[[Path], None]
 T = TypeVar("T")
@@ -161,11 +161,10 @@ def damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files: dict[str, dict[str, Any]] = manifest["files"]
-        if manifest["format"] > FORMAT:
-            line = (
-                f"{folder} is of format {manifest['format']}, written by a newer preftune; this one reads {FORMAT}: update it"
-            )
-            raise Refusal(line, code="newer_checkpoint", key="resume")
+        if (found := manifest["format"]) != FORMAT:
+            age, then = ("a newer", "update it") if found > FORMAT else ("an older", "begin the run anew")
+            line = f"{folder} is of format {found}, written by {age} preftune; this one reads {FORMAT}: {then}"
+            raise Refusal(line, code=f"{age.split()[1]}_checkpoint", key="resume")
     except FileNotFoundError:
         return f"has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError):

@@ -148,7 +148,7 @@ def expect(model: Any, batch: Batch, steps: Sequence[Sequence[int]], *, dtype: t
     free = free_bytes(device)
     # the model is there already, and a part of what the run will hold
     budget = found.tokens(None if free is None else free + sum(p.nbytes for p in model.parameters()))
-    peak = found.peak_bytes(budget, max(sizes))
+    peak = found.peak_bytes(budget, sizes)
     return {
         "steps": len(steps),
         "tokens": tokens,

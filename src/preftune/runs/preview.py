@@ -61,7 +61,7 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
     before = keys.adapter.virtual or facts(resolve(keys.model, "model"), "model").virtual
     sizes = [pass_tokens(batch.sequences, list(dict.fromkeys(rows)), shares=True, before=before) for rows in steps]
     unknown = dict.fromkeys(("fixed_gb", "memory_gb", "free_gb", "seconds", "tokens_per_microbatch"))
-    plan |= takes(keys, found, max(sizes), sum(sizes)) if found else unknown
+    plan |= takes(keys, found, sizes, sum(sizes)) if found else unknown
     plan["rows"] = [_row(example, method.roles(example), batch, tokenizer) for example in examples[:ROWS]]
     for row in plan["rows"]:
         log.info(row)
@@ -97,11 +97,11 @@ def estimate_of(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
         return None
 
 
-def takes(keys: TrainKeys, found: Estimate, largest: int, tokens: int) -> dict[str, Any]:
+def takes(keys: TrainKeys, found: Estimate, sizes: list[int], tokens: int) -> dict[str, Any]:
     """Memory and time, said.
 
     Args:
-        largest: tokens of the largest step. tokens: of all steps.
+        sizes: tokens of each step, or of the largest. tokens: of all steps.
     """
     from preftune.models.load import device
     from preftune.training.estimate import free_bytes, matrix_rate
@@ -109,7 +109,7 @@ def takes(keys: TrainKeys, found: Estimate, largest: int, tokens: int) -> dict[s
 
     free, fixed = free_bytes(device()), found.fixed_bytes
     budget = keys.train.tokens_per_microbatch or found.tokens(free)
-    peak = found.peak_bytes(budget, largest)
+    peak = found.peak_bytes(budget, sizes)
     seconds = found.seconds(tokens, matrix_rate(DTYPES[keys.dtype] if keys.dtype else default_dtype(device()), device()))
     weights = (
         f"{fixed / 1e9:.3g} for {found.parameters:,} parameters, {found.trained:,} of them trained, with float32 gradients and "
@@ -120,7 +120,8 @@ def takes(keys: TrainKeys, found: Estimate, largest: int, tokens: int) -> dict[s
     else:
         log.info(
             f"memory: about {peak / 1e9:.3g} GB{f' of {free / 1e9:.3g} free' if free else ''}: {weights}, and "
-            f"{found.token_bytes / 1e6:.2g} MB per token of a micro-batch, at most {min(budget, largest):,} tokens"
+            f"{found.token_bytes / 1e6:.2g} MB per token of a micro-batch, at most {min(budget, max(sizes)):,} tokens; "
+            "gradients come as activations go"
         )
     log.info(f"time: about {duration(seconds)} for the steps, at half the rate of one matrix product on this machine")
     if free and (peak or fixed) > free:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +31,8 @@ SHARE = 0.8  # of the free memory that activations may take: the allocator's gap
 # bytes: three blocks of float32 logits on a GPU. On the CPU blocks are small; there it is what is imported on the way, and
 # what glibc keeps without using it again
 BESIDE = 3 * 2**27
-PASSING = (
-    1.2  # what all layers keep for the backward pass, the temporary tensors of one of them there, and the allocator's gaps
-)
+# what all layers keep for the backward pass, the temporary tensors of one of them there, and the allocator's gaps
+PASSING = 1.2
 EFFICIENCY = 0.5  # of the rate of one matrix product that a whole step reaches
 _TOKENS = 64
 
@@ -43,9 +42,9 @@ class Estimate:
     """Of one run, on one device.
 
     parameters, trained: of the model. fixed_bytes: weights, gradients and the optimizer's state. late_bytes: of these, the
-    gradients that are made while the backward pass frees activations. token_bytes: activations per token of a micro-batch;
-    None: they could not be counted. operations: per token of a training step, with a reference's forward pass where there is
-    one. usual: the token budget where nothing says how much memory there is.
+    gradients that are made while the backward pass frees activations: all but the head's. token_bytes: activations per token of
+    a micro-batch; None: they could not be counted. operations: per token of a training step, with a reference's forward pass
+    where there is one. usual: the token budget where nothing says how much memory there is.
     """
 
     parameters: int
@@ -81,6 +80,8 @@ class Estimate:
         total = sum(count(p) for p in model.parameters())
         training = [p for p in model.parameters() if p.requires_grad]
         trained, state = sum(map(count, training)), sum(state_bytes(optimizer, p.shape) for p in training)
+        head = model.get_output_embeddings()
+        first = sum(count(p) for p in head.parameters() if p.requires_grad) if head is not None else 0
         frozen = sum(frozen_bytes(p, dtype) for p in model.parameters() if not p.requires_grad)
         # multiply and add, forward; twice that backward, half of it where frozen weights take no gradient of their own
         passes = 1 + (2 if trained == total else 1) + reference + checkpointing
@@ -97,7 +98,7 @@ class Estimate:
         return cls(
             parameters=total,
             trained=trained,
-            late_bytes=0 if checkpointing else math.ceil(4 * trained / parts),
+            late_bytes=0 if checkpointing else math.ceil(4 * (trained - first) / parts),
             fixed_bytes=math.ceil((frozen + state + trained_bytes(trained, dtype, best=best, moving=moving)) / parts),
             token_bytes=token_bytes,
             operations=2.0 * _multiplied(model) * passes,
@@ -108,14 +109,19 @@ class Estimate:
         """For so many tokens of training steps, at the `matrix_rate` of a machine."""
         return tokens * self.operations / (EFFICIENCY * rate)
 
-    def peak_bytes(self, budget: int, largest: int) -> int | None:
-        """With micro-batches of at most `budget` tokens, where the largest step has so many. In a step's only micro-batch there
-        is no gradient yet when the activations are most."""
-        if self.token_bytes is None:
+    def peak_bytes(self, budget: int, sizes: Iterable[int]) -> int | None:
+        """With micro-batches of at most `budget` tokens, about equal ones of each step, of steps of so many tokens. In a step's
+        only micro-batch there is no gradient yet when the activations are most."""
+        each = self.token_bytes
+        if each is None:
             return None
-        passing = self.token_bytes * min(budget, largest)
-        late = min(self.late_bytes, passing) if largest <= budget else 0
-        return self.fixed_bytes - late + passing + BESIDE
+
+        def passing(size: int) -> int:
+            passes = math.ceil(size / budget)
+            kept = each * math.ceil(size / passes)
+            return kept - min(self.late_bytes, kept) * (passes == 1)
+
+        return self.fixed_bytes + max(map(passing, sizes)) + BESIDE
 
     def tokens(self, free: int | None) -> int:
         """The token budget for so much memory, of which nothing is taken yet: a multiple of 256, at most 16,384."""

@@ -31,9 +31,9 @@ class Training:
     """A run between two steps.
 
     step: steps taken. budget: tokens of a micro-batch; None: not known yet. skipped: steps in a row, up to the last, whose
-    gradient was not finite and moved nothing. random: states of torch's generators when the last
-    step had been taken; a step that fails leaves them behind. moves: what is here is of no step: none was taken or taken
-    up yet, or an update has begun.
+    gradient was not finite and moved nothing. random: states of torch's generators, of every process, when the last step had
+    been taken; a step that fails leaves them behind. moves: what is here is of no step: none was taken or taken up yet, or an
+    update has begun.
     """
 
     weights: Weights
@@ -42,13 +42,17 @@ class Training:
     budget: int | None = None
     step: int = 0
     skipped: int = 0
-    random: list[Tensor] = field(default_factory=list[Tensor])
+    random: list[list[Tensor]] = field(default_factory=list[list[Tensor]])
     moves: bool = True
 
-    def taken(self, step: int, budget: int) -> None:
-        """Call after each step."""
-        self.step, self.budget, self.random = step, budget, random_state(self.weights.compute.device)
+    def taken(self, step: int, budget: int, random: list[list[Tensor]]) -> None:
+        """Call after each step, with what `random_states` gave before its update."""
+        self.step, self.budget, self.random = step, budget, random
         self.moves = False
+
+    def random_states(self) -> list[list[Tensor]]:
+        """Of every process now. All take part, so that any of them can save alone, whatever becomes of the others."""
+        return processes.gathered(random_state(self.weights.compute.device))
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it that is a tensor, by name, where it stands: `weight.` the float32 masters, `optimizer.` its state of each,
@@ -57,7 +61,7 @@ class Training:
         if self.moving is not None:
             found |= {f"reference.{name}": own for name, own in zip(self.weights.names, self.moving.masters, strict=True)}
         found |= {f"optimizer.{name}.{key}": own[key] for name, key, own in self._moments() if isinstance(own[key], Tensor)}
-        for rank, states in enumerate(processes.gathered(self.random)):
+        for rank, states in enumerate(self.random):
             found |= {f"random.{rank}.{n}": state for n, state in enumerate(states)}
         return {name: whole(tensor.detach()) for name, tensor in found.items()}
 
@@ -82,12 +86,12 @@ class Training:
                 own[key].copy_(parted(tensors[f"optimizer.{name}.{key}"], own[key]))
             else:
                 own[key] = facts["optimizer"][name][key]
-        own = f"random.{processes.rank()}."
-        count = sum(key.startswith(own) for key in tensors)
+        mine = f"random.{processes.rank()}."
+        count = sum(key.startswith(mine) for key in tensors)
         if count:  # a process more than there were keeps the numbers that its own seed gives
-            set_random_state(self.weights.compute.device, [tensors[f"{own}{n}"].cpu() for n in range(count)])
+            set_random_state(self.weights.compute.device, [tensors[f"{mine}{n}"].cpu() for n in range(count)])
         self.skipped = facts.get("skipped", 0)
-        self.taken(facts["step"], facts["budget"])
+        self.taken(facts["step"], facts["budget"], self.random_states())
 
     @torch.no_grad()
     def restore_weights(self, saved: Saved) -> None:

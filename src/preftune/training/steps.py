@@ -15,7 +15,6 @@ from torch import Tensor
 from preftune import processes
 from preftune.data.render import Batch
 from preftune.errors import RunFailed
-from preftune.models.randomness import random_state
 from preftune.scoring.score import default_budget
 from preftune.scoring.scorer import scorer_of
 from preftune.training import optimizers
@@ -87,7 +86,9 @@ def begin(weights: Weights, the_plan: Plan, moving: Moving | None = None) -> Tra
     """A run before its first step."""
     options = the_plan.options
     optimizer = optimizers.make(options.optimizer, weights.masters, the_plan.learning_rate, options.weight_decay)
-    return Training(weights, optimizer, moving, options.tokens_per_microbatch, random=random_state(weights.compute.device))
+    training = Training(weights, optimizer, moving, options.tokens_per_microbatch)
+    training.random = training.random_states()
+    return training
 
 
 def steps(
@@ -140,6 +141,7 @@ def steps(
             )
             weights.add_up_gradients()
             norm = gradient_norm(weights.masters)
+            random = training.random_states()  # an update draws none
             rate, finite = the_plan.rate(number), math.isfinite(line["loss"]) and bool(torch.isfinite(norm))
             if finite:
                 training.moves = True
@@ -151,7 +153,7 @@ def steps(
             training.skipped = 0 if finite else training.skipped + 1
             if moving is not None:
                 moving.follow(number, weights)
-            training.taken(number, budget)
+            training.taken(number, budget, random)
             seconds = time.perf_counter() - began
             figures = {
                 "step": number,
