@@ -28,7 +28,7 @@ from preftune.config import resolve
 from preftune.data.render import Rendered
 from preftune.errors import RunFailed
 from preftune.keys import TrainKeys
-from preftune.runs import metrics
+from preftune.runs import checkpoint, metrics
 from preftune.runs.conduct import _with_budget
 from preftune.scoring.plan import shares
 from preftune.training import estimate
@@ -187,6 +187,31 @@ if os.environ["RANK"] == "1":
     load.load_model = lambda *given, **more: os._exit(9)
 run()
 """
+
+
+FAILS = """
+import os, torch
+from preftune.cli.app import run
+from preftune.training import steps
+given, backward = [], steps.backward
+def fails(*words):
+    given.append(words)
+    if os.environ["RANK"] == "0" and len(given) == 3:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return backward(*words)
+steps.backward = fails
+run()
+"""
+
+
+def test_a_process_that_fails_alone_saves_alone(files: Path, tmp_path: Path) -> None:
+    """Without the others, who are elsewhere; also what each needs to go on."""
+    out = tmp_path / "run"
+    (code, _, err), _ = ended(start(2, "-c", FAILS, *words(files, f"out={out}")[2:]), seconds=60)
+    assert code == 1 and "Traceback" not in err, err
+    assert "out of memory in process 0 of 2" in err and f"train resume={out} goes on from there" in err, err
+    saved = load_file(out / "checkpoints" / "step-000002" / checkpoint.TENSORS)
+    assert not torch.equal(saved["random.0.0"], saved["random.1.0"])
 
 
 def test_a_process_that_dies_while_it_loads_ends_the_run_too(files: Path, tmp_path: Path) -> None:

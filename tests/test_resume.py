@@ -296,12 +296,17 @@ def test_what_is_done_when_none_is_whole(whole: Callable[[str], Path], tmp_path:
     assert refused.value.code == "damaged_checkpoints"
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused(whole: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"), [(checkpoint.FORMAT + 1, "newer preftune"), (checkpoint.FORMAT - 1, "older preftune")]
+)
+def test_a_checkpoint_of_another_format_is_refused(
+    number: int, said: str, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole("full"), out)
     path = out / "checkpoints" / "step-000006" / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(Refusal, match="newer preftune"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": number}))
+    with pytest.raises(Refusal, match=said):
         go_on(out, "steps=9")
 
 
