@@ -337,13 +337,13 @@ def test_doctor_says_that_all_is_the_same_and_what_a_run_takes(
     words: list[str], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunks: set[int] = set()
-    product = head.linear
+    product = head._Space.product
 
-    def spy(hidden: Any, *others: Any) -> Any:
+    def spy(space: Any, hidden: Any, *others: Any) -> Any:
         chunks.add(len(hidden))
-        return product(hidden, *others)
+        return product(space, hidden, *others)
 
-    monkeypatch.setattr(head, "linear", spy)
+    monkeypatch.setattr(head._Space, "product", spy)
     monkeypatch.setattr(head, "FEWEST", 8)
     words = ["doctor", "model=m", "data=pairs.jsonl", "batch_size=4", *words]
     said = call(capsys, *words)
