@@ -24,6 +24,16 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def resident_gb() -> float:
+    """Memory of this process that is resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def forget_peak() -> None:
+    """The peak is from here on that of what follows."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 if __name__ == "__main__":
     with suppress(OSError):  # where memory runs out it is this process that goes, and nothing beside it
         Path("/proc/self/oom_score_adj").write_text("1000")

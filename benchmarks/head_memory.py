@@ -10,13 +10,12 @@ it. `--by autograd` leaves the sum of the gradients to torch, for comparison.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import common
-from arm import peak_gb
+from arm import forget_peak, peak_gb, resident_gb
 
 SHAPE = {"hidden_size": 4096, "vocab_size": 131_072}
 LIMIT = 1.0  # GB
@@ -55,16 +54,6 @@ def case(folder: Path, how: dict[str, Any]) -> dict[str, Any]:
             grown.append(peak_gb() - before - own)
             h.grad = None  # the backbone's backward pass takes it up
     return {"growth_gb": max(grown), "first_gb": grown[0], "seconds": time.perf_counter() - began}
-
-
-def resident_gb() -> float:
-    """Memory of this process that is resident now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
-
-
-def forget_peak() -> None:
-    """The peak is from here on that of what follows."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ from typing import Any
 
 import common
 import rows
-from arm import peak_gb
-from head_memory import forget_peak, resident_gb
+from arm import forget_peak, peak_gb, resident_gb
 
 WITHIN = 0.2
 WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16, "vocab_size": 8192}

@@ -9,7 +9,6 @@ steps is what the process holds (resident), and compared with what it held at st
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import common
 import kill
+from arm import resident_gb
 
 from preftune import fit
 from preftune.demo.experiment import model_folder
@@ -24,11 +24,6 @@ from preftune.models.load import load_model, load_tokenizer
 from preftune.records import Comparison, Group, Response
 
 FIRST, EVERY = 200, 100
-
-
-def resident_gb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 1e9
 
 
 def main() -> None:

@@ -179,16 +179,6 @@ def test_a_process_that_dies_ends_the_run_with_what_was_trained(parallel: str, s
     assert "another process of this run has ended" in err and f"train resume={out} {said}" in err
 
 
-DIES = """
-import os
-from preftune.cli.app import run
-from preftune.models import load
-if os.environ["RANK"] == "1":
-    load.load_model = lambda *given, **more: os._exit(9)
-run()
-"""
-
-
 FAILS = """
 import os, torch
 from preftune.cli.app import run
@@ -212,6 +202,16 @@ def test_a_process_that_fails_alone_saves_alone(files: Path, tmp_path: Path) -> 
     assert "out of memory in process 0 of 2" in err and f"train resume={out} goes on from there" in err, err
     saved = load_file(out / "checkpoints" / "step-000002" / checkpoint.TENSORS)
     assert not torch.equal(saved["random.0.0"], saved["random.1.0"])
+
+
+DIES = """
+import os
+from preftune.cli.app import run
+from preftune.models import load
+if os.environ["RANK"] == "1":
+    load.load_model = lambda *given, **more: os._exit(9)
+run()
+"""
 
 
 def test_a_process_that_dies_while_it_loads_ends_the_run_too(files: Path, tmp_path: Path) -> None:

@@ -162,9 +162,11 @@ def damage(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files: dict[str, dict[str, Any]] = manifest["files"]
         if (found := manifest["format"]) != FORMAT:
-            age, then = ("a newer", "update it") if found > FORMAT else ("an older", "begin the run anew")
-            line = f"{folder} is of format {found}, written by {age} preftune; this one reads {FORMAT}: {then}"
-            raise Refusal(line, code=f"{age.split()[1]}_checkpoint", key="resume")
+            newer = "newer_checkpoint", "a newer", "update it"
+            older = "older_checkpoint", "an older", "begin the run anew"
+            code, by, then = newer if found > FORMAT else older
+            line = f"{folder} is of format {found}, written by {by} preftune; this one reads {FORMAT}: {then}"
+            raise Refusal(line, code=code, key="resume")
     except FileNotFoundError:
         return f"has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError):

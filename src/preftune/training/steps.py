@@ -86,9 +86,7 @@ def begin(weights: Weights, the_plan: Plan, moving: Moving | None = None) -> Tra
     """A run before its first step."""
     options = the_plan.options
     optimizer = optimizers.make(options.optimizer, weights.masters, the_plan.learning_rate, options.weight_decay)
-    training = Training(weights, optimizer, moving, options.tokens_per_microbatch)
-    training.random = training.random_states()
-    return training
+    return Training(weights, optimizer, moving, options.tokens_per_microbatch)
 
 
 def steps(
