@@ -74,6 +74,12 @@ def write_model(folder: Path, *, seed: int = 0, template: str | None = None, pos
     return folder
 
 
+def repeated(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics without what the machine of this moment decides: what a rerun has to have to the bit."""
+    measured = {"pairs_per_s", "tokens_per_s", "memory_gb"}
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
+
+
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Every file below a folder with its content; folders hold None. Python's own caches do not count."""
     found: dict[str, bytes | None] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from command import repeated
 
 from preftune.errors import Refusal
 from preftune.models.adapters import checkpointing_on
@@ -14,14 +15,13 @@ from preftune.runs.fit import fit
 from preftune.training.estimate import Estimate
 
 pytestmark = pytest.mark.usefixtures("short_answers")
-SAME = {"pairs_per_s", "tokens_per_s", "memory_gb"}
 
 
 def run(checkpointing: bool, **keys: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     model = tiny.model()
     keys = {"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "train": {"checkpointing": checkpointing}, **keys}
     found = fit(model, tiny.tokenizer(), tiny.pairs(8), **keys)
-    return [{k: v for k, v in line.items() if k not in SAME} for line in found.metrics], tiny.state(found.model)
+    return repeated(found.metrics), tiny.state(found.model)
 
 
 @pytest.mark.parametrize("keys", [{}, {"adapter": {"type": "lora", "dropout": 0.2}}, {"method": "orpo"}], ids=str)

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import tiny
-from command import PAIRS, Answer, call, quietly, tree, write_model, write_rows
+from command import PAIRS, Answer, call, quietly, repeated, tree, write_model, write_rows
 
 import preftune
 from preftune.cli.app import VERBS, WORDS
@@ -34,7 +34,6 @@ LINE = {
     *("logp/chosen", "logp/rejected", "log_ratio/chosen", "log_ratio/rejected", "length/chosen", "length/rejected"),
     *("pairs_per_s", "tokens_per_s", "memory_gb"),
 }
-MEASURED = {"pairs_per_s", "tokens_per_s", "memory_gb"}  # of this machine at this moment
 EVALUATED = {
     *("comparisons", "demonstrations", "prompts", "accuracy", "accuracy_interval", "logp_accuracy", "logp_accuracy_interval"),
     *("margin", "loss", "kl", "kl_samples", "kl_interval", "method", "beta"),
@@ -77,7 +76,7 @@ def lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def numbers(path: str | Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines(path)]
+    return repeated(lines(path))
 
 
 # -- train ------------------------------------------------------------------------------------------------------------------

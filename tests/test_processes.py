@@ -13,12 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import processes_case
 import pytest
 import tiny
 import torch
-from command import PAIRS, call, quietly, write_model, write_rows
+from command import PAIRS, call, quietly, repeated, write_model, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ import preftune
 from preftune import processes
 from preftune.config import resolve
 from preftune.data.render import Rendered
-from preftune.errors import RunFailed
+from preftune.errors import Refusal, RunFailed
 from preftune.keys import TrainKeys
 from preftune.runs import checkpoint, metrics
 from preftune.runs.conduct import _with_budget
@@ -142,11 +143,7 @@ def test_two_processes_go_on_as_they_would_have(files: Path, tmp_path: Path) -> 
     (parts / "evaluation.json").unlink()
     for code, _, err in ended(start(2, "-m", "preftune", "train", f"resume={parts}")):
         assert code == 0, err
-    measured = {"pairs_per_s", "tokens_per_s", "memory_gb"}  # of this machine at this moment
-    one, two = (
-        [{key: line[key] for key in line if key not in measured} for line in metrics.read(folder / "metrics.jsonl")]
-        for folder in (whole, parts)
-    )
+    one, two = (repeated(metrics.read(folder / "metrics.jsonl")) for folder in (whole, parts))
     assert [line["step"] for line in one] == [1, 2, 3, 4] and one == two
     first, second = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (whole, parts))
     assert first and all(torch.equal(weight, second[name]) for name, weight in first.items())
@@ -258,6 +255,18 @@ def test_shares_keep_groups_whole_and_balance_tokens() -> None:
     assert sorted(place for own in found for place in own) == [0, 1, 2, 3, 4]
     assert [[sequences[place].group for place in own] for own in found] == [[0, 0, 1], [2, 3]]
     assert shares(sequences[:2], needs[:2], 3) == [[0, 1], [], []]
+
+
+def test_what_a_process_has_to_say_stands_where_the_others_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(value: object) -> NoReturn:
+        raise RuntimeError("gloo: Connection closed by peer")
+
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    monkeypatch.setattr(processes, "gathered", lost)
+    with pytest.raises(Refusal, match="its own"), processes.agreeing():
+        raise Refusal("its own", code="bad_value")
+    with pytest.raises(RuntimeError, match="gloo"), processes.agreeing():
+        pass
 
 
 def test_where_several_share_a_step_memory_that_is_short_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

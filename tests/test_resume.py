@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from command import PAIRS, call, write_model, write_rows
+from command import PAIRS, call, repeated, write_model, write_rows
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -31,7 +31,6 @@ from preftune.training.state import Saved
 
 pytestmark = pytest.mark.usefixtures("short_answers", "no_report")
 
-MEASURED = {"pairs_per_s", "tokens_per_s", "memory_gb"}
 STEPS = 6
 KINDS = {
     "full": ["train.eval_every=2"],
@@ -88,8 +87,7 @@ def same(out: Path, other: Path) -> bool:
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    found = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in MEASURED} for line in found]
+    return repeated(json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines())
 
 
 def at(phase: str, done: int | None) -> Any:

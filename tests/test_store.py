@@ -21,7 +21,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from command import PAIRS, call, tree, write_model, write_rows
+from command import PAIRS, call, repeated, tree, write_model, write_rows
 
 import preftune
 from preftune.config import dump, resolve
@@ -36,7 +36,6 @@ from preftune.scoring.store import Store, Stored, digest_of, open_store
 
 pytestmark = pytest.mark.usefixtures("short_answers", "no_report")
 
-MEASURED = {"tokens_per_s", "pairs_per_s", "memory_gb"}  # of the machine, not of the run
 KEYS: dict[str, Any] = {"dtype": "float32", "learning_rate": 1e-3, "steps": 3, "batch_size": 2}
 
 
@@ -51,7 +50,7 @@ def fit(model: Any, tokenizer: Any, **keys: Any) -> list[dict[str, Any]]:
     if "reference" in keys:
         keys["reference"] = tiny.model(seed=keys["reference"])
     run = preftune.fit(model, tokenizer, tiny.pairs(6), **(KEYS | {"eval_groups": held, "train": {"eval_every": 1}} | keys))
-    return [{key: value for key, value in line.items() if key not in MEASURED} for line in run.metrics]
+    return repeated(run.metrics)
 
 
 def taken(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
@@ -232,7 +231,7 @@ def test_another_reference_is_loaded_only_where_something_is_missing(
         events.clear()
         keys = resolve(TrainKeys, [*words, f"eval_data={data}", f"out={tmp_path / out}"])
         done: Any = train(keys, progress=lambda phase, *_: events.append(phase))
-        return [{k: v for k, v in line.items() if k not in MEASURED} for line in done.metrics], list(dict.fromkeys(events))
+        return repeated(done.metrics), list(dict.fromkeys(events))
 
     first, before = run("a")
     assert before.index("load reference") < before.index("reference") < before.index("train")

@@ -122,7 +122,12 @@ def agreeing() -> Generator[None]:
     told = None
     if own is not None:
         told = (str(own) or type(own).__name__, isinstance(own, Refusal), getattr(own, "code", "internal"))
-    failed = [(number, line) for number, line in enumerate(gathered(told)) if line is not None]
+    try:
+        failed = [(number, line) for number, line in enumerate(gathered(told)) if line is not None]
+    except Exception:
+        if own is None:
+            raise
+        failed = []  # the others know, and have ended before this one heard of it
     if own is not None:
         raise own
     if failed:
