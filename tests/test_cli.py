@@ -93,7 +93,16 @@ def test_train_leaves_the_run_folder_of_the_contract(place: Path) -> None:
     assert second["loss"] < first["loss"]
     environment = json.loads((done / "environment.json").read_text())
     assert {"torch", "transformers", "preftune"} <= set(environment["versions"])
-    assert {Path(name).name for name in environment["sha256"]} == {"model.safetensors", "pairs.jsonl"}
+    read = {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "pairs.jsonl",
+    }
+    assert {Path(name).name for name in environment["sha256"]} == read
+    assert all(Path(name).is_absolute() for name in environment["sha256"]), "a run is resumed from anywhere"
     data = json.loads((done / "data.json").read_text())
     assert data["rows"] == data["kept"] + sum(data["dropped"].values()) == len(PAIRS)
     evaluation = json.loads((done / "evaluation.json").read_text())

@@ -8,10 +8,11 @@ of it is told to all. The first one writes and speaks.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from preftune.errors import PreftuneError, Refusal, RunFailed
 
@@ -25,21 +26,30 @@ PATIENCE = timedelta(minutes=30)  # of a process that waits for another one, whi
 
 def asked() -> int:
     """How many processes were started for this run."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _told("WORLD_SIZE", 1)
 
 
 def number() -> int:
     """Which of them this one is, from 0, whether it has joined the others or not."""
-    return int(os.environ.get("RANK") or 0) if asked() > 1 else 0
+    return _told("RANK", 0) if asked() > 1 else 0
 
 
 def local_rank() -> int:
     """Which of those on this machine."""
-    return int(os.environ.get("LOCAL_RANK") or 0) if asked() > 1 else 0
+    return _told("LOCAL_RANK", 0) if asked() > 1 else 0
 
 
 def on_this_machine() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if asked() > 1 else 1
+    return _told("LOCAL_WORLD_SIZE", 1) if asked() > 1 else 1
+
+
+def _told(name: str, otherwise: int) -> int:
+    """A number that the one who started this process has put into its environment."""
+    value = os.environ.get(name) or str(otherwise)
+    if not value.isdecimal():
+        line = f"of the environment is {value!r} and no number: unset it, or start with torchrun"
+        raise Refusal(line, code="bad_environment", key=name)
+    return int(value)
 
 
 def size() -> int:
@@ -70,6 +80,17 @@ def joined() -> Generator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     yield
     dist.destroy_process_group()  # not after an error: it waits for the others, which may be gone
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process, which failed. Where it has joined others, torch's threads for them still run, and would now and then
+    abort an orderly exit, with a code of their own."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def gathered(value: T) -> list[T]:

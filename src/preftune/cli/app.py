@@ -5,6 +5,7 @@ Nothing heavy is imported here: help and refusals answer at once. A verb's own m
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -152,7 +153,8 @@ def run(arguments: list[str] | None = None) -> None:
         sys.exit(0)
     except OSError as error:  # a full disk, a folder that was taken away
         place = str(error.filename) if error.filename is not None else None
-        _fail(RunFailed(error.strerror or str(error), code="os_error", file=place), arguments)
+        kind = Refusal if error.errno == errno.ENAMETOOLONG else RunFailed  # where no file can be, nothing was begun
+        _fail(kind(error.strerror or str(error), code="os_error", file=place), arguments)
     except Exception as error:
         if processes.is_lost(error):
             _fail(RunFailed("another process of this run has ended: its own line says why", code="lost_process"), arguments)
@@ -164,11 +166,11 @@ def run(arguments: list[str] | None = None) -> None:
 
 def _fail(error: PreftuneError, arguments: list[str]) -> None:
     # of the processes of one run each comes to the same error, and the first one says it, but for what befalls one of them
-    if not processes.number() or error.code in ("out_of_memory", "os_error"):
+    if error.code in ("out_of_memory", "os_error", "bad_environment") or not processes.number():
         if "--json" in arguments:
             _print_error(error)
         print(f"preftune: {error}", file=sys.stderr)
-    sys.exit(error.exit_code)
+    processes.leave(error.exit_code)
 
 
 def _print_error(error: PreftuneError) -> None:

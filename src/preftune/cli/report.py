@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from preftune.errors import Refusal
+from preftune.runs.folder import check_parent
 
 log = logging.getLogger("preftune")
 
@@ -54,4 +55,6 @@ def _read(words: list[str]) -> tuple[list[Path], Path | None]:
         )
     if out and not out[-1].endswith(".html"):
         raise Refusal(f"{out[-1]} is no page: name a .html file", code="usage", key="out")
+    if out:
+        check_parent(Path(out[-1]))
     return [Path(word) for word in runs], Path(out[-1]) if out else None

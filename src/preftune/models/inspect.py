@@ -17,6 +17,7 @@ from preftune.models.options import NO_MERGE, AdapterOptions
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 QUANTIZED = "quantization_config.json"  # in an adapter's folder: how its base was loaded
+MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", QUANTIZED, "*.py")  # what it computes with
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".yaml", ".yml")
 
 

@@ -81,9 +81,13 @@ def _said_by_demo(name: str, demo: Json) -> bool:
 
 def number(value: object) -> float | None:
     """A finite number, or None for everything else (absent, null, NaN, infinite, a word, a truth value)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def pair(value: object) -> tuple[float, float] | None:

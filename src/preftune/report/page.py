@@ -133,6 +133,7 @@ def _method(files: folder.RunFiles) -> str:
 
 def put(path: Path, content: bytes) -> None:
     """Written aside and renamed: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         aside.write_bytes(content)

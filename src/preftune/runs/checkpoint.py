@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from preftune.errors import Refusal, RunFailed
+from preftune.runs import folder as files
 from preftune.training.state import Saved
 
 log = logging.getLogger("preftune")
 
-FORMAT = 2
+FORMAT, SEALED = 3, 3  # of those written here; the first whose manifest has a checksum of its own
 MANIFEST, TENSORS, FACTS = "manifest.json", "state.safetensors", "state.json"
 Write = Callable[[Path], None]
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def save(parent: Path, step: int, saved: Saved, write_model: Write, *, beside: P
             _link(beside, aside / beside.name)
         # a tokenizer with several templates has a folder for them
         sums = {path.relative_to(aside).as_posix(): _sum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
-        (aside / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": sums}, indent=1), encoding="utf-8")
+        (aside / MANIFEST).write_text(json.dumps({"format": FORMAT, **files.seal({"files": sums})}, indent=1), encoding="utf-8")
         _flush(aside)
     except Exception as error:
         _clear(parent)
@@ -160,18 +161,21 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None: it is whole."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        if (found := manifest["format"]) != FORMAT:
-            newer = "newer_checkpoint", "a newer", "update it"
-            older = "older_checkpoint", "an older", "begin the run anew"
-            code, by, then = newer if found > FORMAT else older
-            line = f"{folder} is of format {found}, written by {by} preftune; this one reads {FORMAT}: {then}"
-            raise Refusal(line, code=code, key="resume")
+        found = manifest.pop("format")
+        sealed = files.is_sealed(manifest)
     except FileNotFoundError:
         return f"has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    for name, expected in files.items():
+    if isinstance(found, int) and (found > FORMAT or (found < SEALED and "sha256" not in manifest)):
+        newer = "newer_checkpoint", "a newer", "update it"
+        older = "older_checkpoint", "an older", "begin the run anew"
+        code, by, then = newer if found > FORMAT else older
+        line = f"{folder} is of format {found}, written by {by} preftune; this one reads {FORMAT}: {then}"
+        raise Refusal(line, code=code, key="resume")
+    if not sealed or found != FORMAT:
+        return f"{MANIFEST} is damaged"
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -179,8 +183,6 @@ def damage(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size:,} bytes and not {expected['bytes']:,}"
         if _sum(path) != expected:
             return f"{name} is damaged (its checksum differs)"
-    if not {TENSORS, FACTS} <= set(files):
-        return f"{MANIFEST} names no {TENSORS}"
     return None
 
 

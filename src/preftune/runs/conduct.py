@@ -6,8 +6,8 @@ import logging
 import shutil
 import signal as signals
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +49,8 @@ class References:
 class Setup:
     """All that a run is made of, brought together: loaded, rendered, resolved.
 
-    out: its folder, if it has one. reopened: a run began there, and this one goes on for it, from the checkpoint `resume` or,
-    where there is none yet, from the start.
+    inputs: the files that it was made from. out: its folder, if it has one. reopened: a run began there, and this one goes on
+    for it, from the checkpoint `resume` or, where there is none yet, from the start.
     """
 
     model: Any
@@ -58,7 +58,7 @@ class Setup:
     rendered: RenderedData
     keys: TrainKeys
     references: References
-    model_ref: str
+    inputs: Sequence[Path] = ()
     out: Path | None = None
     progress: Progress | None = None
     reopened: bool = False
@@ -82,7 +82,7 @@ def resolved(keys: TrainKeys, method: methods.MethodOptions, out: Path | None, l
             log.info(
                 "that default is AdamW's: adafactor's steps are relative to the size of each weight, and take a larger one"
             )
-    if keys.steps is not None and "epochs" in keys.model_fields_set:
+    if keys.steps is not None and keys.epochs != 1:  # which every config.yaml holds
         log.info(f"steps and epochs are both given: steps={keys.steps} counts")
     return keys.model_copy(
         update={
@@ -112,11 +112,13 @@ def conduct(setup: Setup) -> Run:
 
     job = _job(setup)
     out, earlier, started = setup.out if job.writes else None, setup.references.earlier, time.time()
-    with _brought_to_an_end(out) as stop:
+    with _brought_to_an_end(out) as stop, ExitStack() as taken:
+        if out and not setup.reopened:
+            taken.enter_context(files.held(files.make(out, overwrite=job.keys.overwrite)))
+            if earlier and earlier.is_file():
+                (out / "checkpoints").mkdir()
+                shutil.copyfile(earlier, out / "checkpoints" / OWN)
         environment = _open_folder(out, job.keys, setup) if out else {}
-        if out and earlier and earlier.is_file() and not setup.reopened:
-            (out / "checkpoints").mkdir()
-            shutil.copyfile(earlier, out / "checkpoints" / OWN)
         try:
             repeated = deterministic(job.model.device) if job.keys.train.deterministic else nullcontext()
             with fused(job.model), repeated:
@@ -251,16 +253,13 @@ def _brought_to_an_end(out: Path | None) -> Generator[Stop]:
 
 def _open_folder(out: Path, keys: TrainKeys, setup: Setup) -> dict[str, Any]:
     """What can be written before the first step; gives the environment back, which the end adds to."""
-    if not setup.reopened:
-        files.make(out, overwrite=keys.overwrite)
     files.write_text(out / "config.yaml", dump(keys))
-    files.write_json(out / "data.json", setup.rendered.summary)
-    data_files = [source["path"] for source in setup.rendered.summary["sources"]]
-    environment = files.environment([*files.model_files(setup.model_ref), *data_files], device=str(setup.model.device))
+    environment = files.environment(setup.inputs, device=str(setup.model.device))
     if setup.reopened and (first := files.read_json(out / "environment.json")):
         again = {"started": environment["started"], "versions": environment["versions"]}
         environment = first | {"resumed": [*first.get("resumed", []), again]}
     files.write_json(out / "environment.json", environment)
+    files.write_json(out / "data.json", setup.rendered.summary)
     return environment
 
 

@@ -94,7 +94,7 @@ class Course:
     def saved(self) -> str:
         """Saves where there is a folder, and says where."""
         if self.training.moves:  # a second signal or an error within an update, or before an earlier run was taken up
-            return self.kept()
+            return kept(self.job)
         self.best.put_back()
         folder = self._save()
         if self.pending is not None:  # the step was taken, whatever became of its evaluation
@@ -102,13 +102,6 @@ class Course:
         if folder is None:
             return ""
         return f"; the weights are in {folder}" + (f", and {self.job.again} goes on from there" if self.job.again else "")
-
-    def kept(self) -> str:
-        """Says from where the run can go on, where nothing can be saved any more."""
-        if self.job.out is None or not self.job.again:
-            return ""
-        kept = checkpoint.newest(self.job.out / "checkpoints")
-        return f"; {self.job.again} " + (f"goes on from {kept.name}" if kept else "begins anew: there is no checkpoint yet")
 
     def _evaluated(self, line: dict[str, Any]) -> None:
         """The step was taken: its line is complete once it is evaluated, where that is due, and goes to the metrics then."""
@@ -261,6 +254,14 @@ class Best:
             kept.copy_(last)
         self.weights.refresh()
         self.restored = not self.restored
+
+
+def kept(job: Job) -> str:
+    """Says from where the run can go on, where nothing more can be saved."""
+    if job.out is None or not job.again:
+        return ""
+    newest = checkpoint.newest(job.out / "checkpoints")
+    return f"; {job.again} " + (f"goes on from {newest.name}" if newest else "begins anew: there is no checkpoint yet")
 
 
 def _moving(job: Job, weights: Weights) -> Moving | None:

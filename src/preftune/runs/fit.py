@@ -88,7 +88,7 @@ def fit(
     if options.adapter.type == "qlora" and not packed:
         line = "the model's weights are not in 4 bits: load it with quantization_config=BitsAndBytesConfig(load_in_4bit=True)"
         raise Refusal(line, code="not_quantized", key="adapter.type")
-    check_place(options.reference.store, ())
+    check_place(options.reference.store, (), out)
     check_tokenizer(model, tokenizer, reference)
     extras.check(options.train)
     data = from_groups(groups, eval_groups, options.method, options.data)
@@ -107,7 +107,8 @@ def fit(
     identity = digest_of(model if reference is None else reference) if kept else None
     other = None if reference is None else lambda: reference
     sources = References(other=other, again=None, store=store, identity=identity)
-    return conduct(Setup(model, tokenizer, rendered, options, sources, options.model, folder, progress))
+    inputs = files.inputs(*filter(None, [options.model]))
+    return conduct(Setup(model, tokenizer, rendered, options, sources, inputs, folder, progress))
 
 
 # keys of a run that stand in fit's own arguments, or that belong to files and loading

@@ -8,12 +8,23 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from preftune.errors import Refusal, RunFailed
+from preftune.models.inspect import MODEL_FILES
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# of a model's folder: what it computes with, how it reads and writes text, and where it stops
+_OF_TEXT = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
+_OF_MODELS = (*MODEL_FILES, "*.index.json", "generation_config.json", *_OF_TEXT)
 
 
 def choose_out(out: str | None, name: str, *, overwrite: bool) -> Path:
@@ -27,7 +38,7 @@ def choose_out(out: str | None, name: str, *, overwrite: bool) -> Path:
     folder = Path(out)
     if folder.is_file():
         raise Refusal(f"{out} is a file; name a folder", code="out_is_file", key="out")
-    _check_parent(folder)
+    check_parent(folder)
     if not overwrite:
         _check_empty(folder)
     return folder
@@ -46,9 +57,32 @@ def make(folder: Path, *, overwrite: bool = False) -> Path:
     if not overwrite:
         _check_empty(folder)
     elif _holds_something(folder):
-        os.replace(folder, _old(folder))
+        with held(folder):
+            os.replace(folder, _old(folder))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def held(folder: Path, key: str = "out") -> Generator[None]:
+    """Inside, no other process trains in this folder; one that is killed holds it no longer.
+
+    Raises:
+        Refusal: another one does.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                line = f"another process trains in {folder} just now: stop it, or wait for its end"
+                raise Refusal(line, code="run_in_use", key=key) from None
+            except OSError:  # a disk that knows no locks
+                pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def _holds_something(folder: Path) -> bool:
@@ -79,11 +113,11 @@ def choose_file(out: str, *, overwrite: bool) -> Path:
         raise Refusal(f"{out} is a folder; name a .jsonl file", code="out_is_folder", key="out")
     if path.exists() and not overwrite:
         raise Refusal(f"{out} is there already; overwrite=true replaces it", code="out_exists", key="out")
-    _check_parent(path)
+    check_parent(path)
     return path
 
 
-def _check_parent(path: Path) -> None:
+def check_parent(path: Path) -> None:
     """Refuses a place that cannot be written, before compute is spent on what should stand there."""
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir():
@@ -111,6 +145,16 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a checksum of all of it."""
+    return {**value, "sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+
+
+def is_sealed(value: Any) -> bool:
+    """Whether it is what `seal` gave."""
+    return isinstance(value, dict) and seal({k: v for k, v in value.items() if k != "sha256"}) == value
+
+
 def write_lines(path: Path, lines: Iterable[Any]) -> None:
     write_text(path, "".join(to_json(line, file=str(path)) + "\n" for line in lines))
 
@@ -123,7 +167,7 @@ def to_json(value: Any, *, indent: int | None = None, file: str | None = None) -
         raise RunFailed(f"cannot be written as JSON: {error}", code="not_finite", file=file) from error
 
 
-def environment(files: Iterable[str | Path], **more: Any) -> dict[str, Any]:
+def environment(files: Iterable[Path], **more: Any) -> dict[str, Any]:
     """Versions, machine, commit and hashes: what a figure needs beside it to be worth something."""
     packages = ("preftune", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
     return {
@@ -131,14 +175,23 @@ def environment(files: Iterable[str | Path], **more: Any) -> dict[str, Any]:
         "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
         "commit": _commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "sha256": {str(path): sha256(Path(path)) for path in files if Path(path).is_file()},
+        "sha256": {str(path): sha256(path) for path in files},
         **more,
     }
 
 
-def model_files(ref: str) -> list[Path]:
-    """The weight files of a local model folder."""
-    return sorted(Path(ref).glob("*.safetensors")) if Path(ref).is_dir() else []
+def inputs(*read: str) -> list[Path]:
+    """Every file that a run's numbers follow from, absolute: data files, and what is read of models in local folders, of an
+    adapter's base too."""
+    found: dict[Path, None] = {}
+    for path in map(Path, read):
+        if path.is_file():
+            found[path.absolute()] = None
+        elif path.is_dir():
+            found |= dict.fromkeys(sorted(one.absolute() for pattern in _OF_MODELS for one in path.glob(pattern)))
+            base = (read_json(path / "adapter_config.json") or {}).get("base_model_name_or_path")
+            found |= dict.fromkeys(inputs(base) if base else ())
+    return list(found)
 
 
 def _version(name: str) -> str | None:

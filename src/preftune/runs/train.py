@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from preftune.runs import folder as files
 from preftune.runs import preview
 from preftune.runs.conduct import References, Setup, conduct, is_kept, resolved
 from preftune.runs.prepare import Data, RenderedData, read_data, render_said
-from preftune.runs.resume import check_files
+from preftune.runs.resume import check_files, check_no_more, keys_of_run
 from preftune.scoring.place import check_place
 from preftune.training import extras
 
@@ -42,8 +42,10 @@ def train(keys: TrainKeys, *, config: Path | None = None, progress: Progress | N
         Refusal: anything that can be known to be wrong, before a model is loaded and before a folder is made.
         RunFailed, Interrupted: see `runs.trainer.run`.
     """
-    with processes.joined():
+    with processes.joined(), contextlib.ExitStack() as taken:
         with processes.agreeing():
+            if keys.resume and not processes.number():
+                taken.enter_context(files.held(Path(keys.resume), "resume"))
             setup = _setup(keys, config, progress)
         if not isinstance(setup, Setup):
             return setup
@@ -57,16 +59,20 @@ def _setup(keys: TrainKeys, config: Path | None, progress: Progress | None) -> S
     found = _models(keys)
     extras.check(keys.train)
     reopened = Path(keys.resume) if keys.resume else None
-    if reopened:
+    named = [found.model, found.reference, *(source.path for source in (*keys.data.sources, *keys.eval_data))]
+    if reopened:  # whatever became of the store since, it goes on with the values of its own
         check_files(reopened)
     else:
         files.choose_out(keys.out, "run", overwrite=keys.overwrite)
+        check_place(keys.reference.store, filter(None, named), keys.out)
     data = read_data(keys.data.sources, keys.data, keys.eval_data, keys.method)
     check_moving(keys.reference, data.method)
     out = reopened or files.choose_out(keys.out, data.method.label, overwrite=keys.overwrite)
     read_from = [found.model, found.reference, *(source["path"] for reading in data.readings for source in reading.sources)]
     files.check_apart(out, [Path(path) for path in read_from if path])
-    check_place(keys.reference.store, [path for path in read_from if path])
+    inputs = files.inputs(*filter(None, read_from))
+    if reopened:
+        check_no_more(reopened, inputs)
     tokenizer, rendered, limit = _rendered(keys, found, data)
     faster = rate_factor(keys.adapter, adapter=found.adapter, virtual=found.virtual)
     keys = resolved(keys, data.method, out, limit, faster=faster)
@@ -74,7 +80,7 @@ def _setup(keys: TrainKeys, config: Path | None, progress: Progress | None) -> S
         return preview.show(keys, rendered, tokenizer)
     resume = _checkpoint(reopened, keys, rendered) if reopened else None
     model, references = _loaded(keys, found, tokenizer, rendered, config)
-    return Setup(model, tokenizer, rendered, keys, references, found.model, out, progress, reopened is not None, resume)
+    return Setup(model, tokenizer, rendered, keys, references, inputs, out, progress, reopened is not None, resume)
 
 
 def _check_shared(resume: Path | None) -> None:
@@ -144,11 +150,16 @@ def _checkpoint(run: Path, keys: TrainKeys, rendered: RenderedData) -> Path | No
     """Where a run goes on: its newest checkpoint that is whole; None: it was stopped before the first.
 
     Raises:
-        Refusal: it is complete and has none, or was asked to end before it.
+        Refusal: it is complete and has none, or is asked to end earlier than it was to.
     """
-    from preftune.runs.checkpoint import facts_of, latest
+    from preftune.runs.checkpoint import latest
     from preftune.runs.job import plan_of
 
+    method = methods.make(keys.method, beta=keys.beta)
+    asked, before = (len(plan_of(method, rendered.train, one)) for one in (keys, keys_of_run(run)))
+    if asked < before:
+        line = f"{run} was begun for {before:,} steps, and {asked:,} are asked for: resume makes a run longer, not shorter"
+        raise Refusal(line, code="shorter", key="steps" if keys.steps is not None else "epochs")
     found = latest(run / "checkpoints")
     if found is None:
         if (run / "evaluation.json").is_file():
@@ -156,10 +167,6 @@ def _checkpoint(run: Path, keys: TrainKeys, rendered: RenderedData) -> Path | No
             raise Refusal(line, code="no_checkpoint", key="resume")
         log.info(f"{run}: stopped before its first checkpoint: it begins again")
         return None
-    taken, asked = facts_of(found)["step"], len(plan_of(methods.make(keys.method, beta=keys.beta), rendered.train, keys))
-    if asked < taken:
-        line = f"{run} has taken {taken:,} steps already, and {asked:,} are asked for"
-        raise Refusal(line, code="beyond_the_end", key="steps" if keys.steps is not None else "epochs")
     return found
 
 
@@ -207,7 +214,7 @@ def _has_all(stored: Stored, rendered: RenderedData, keys: TrainKeys) -> bool:
 
     method = methods.make(keys.method, beta=keys.beta)
     rows = planned_rows(rendered.train, plan_of(method, rendered.train, keys))
-    with closing(stored.store):
+    with contextlib.closing(stored.store):
         return stored.has(rendered.train, rows) and stored.has(rendered.held, needed_rows(rendered.held, method))
 
 

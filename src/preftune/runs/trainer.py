@@ -26,7 +26,7 @@ from preftune.runs import checkpoint
 from preftune.runs import folder as files
 from preftune.runs.answers import Prompts, answers, kl, sample_of, sample_prompts, side_by_side
 from preftune.runs.costs import with_samples
-from preftune.runs.course import Course
+from preftune.runs.course import Course, kept
 from preftune.runs.job import Job, Run, Stopped, plan_of, planned_rows, scored
 from preftune.runs.metrics import open_metrics
 from preftune.runs.reference import references
@@ -82,14 +82,12 @@ def run(job: Job, stop: Stop) -> Run:
             result.samples = side_by_side(job, prompts, earlier, later)
         except (Stopped, KeyboardInterrupt) as stopped:
             number = stop.signal or signals.SIGINT
-            done = len(result.metrics)
-            line = f"stopped by {signals.Signals(number).name} after step {done} of {len(the_plan)}"
-            begins = f"; {job.again} begins anew" if job.again else ""
-            raise Interrupted(line + (course.saved() if course else begins), signal_number=number) from stopped
+            line = f"stopped by {signals.Signals(number).name} after step {_taken(job, result)} of {len(the_plan)}"
+            raise Interrupted(line + (course.saved() if course else kept(job)), signal_number=number) from stopped
         except Exception as error:  # nothing that was trained is lost, whatever it is
             # in parts it takes all processes to save, and these errors may have come to this one alone
             alone = job.in_parts and (not isinstance(error, RunFailed) or error.code == "out_of_memory")
-            saved = (course.kept() if alone else course.saved()) if course and result.metrics else ""
+            saved = (kept(job) if alone else course.saved()) if course and result.metrics else ""
             if isinstance(error, RunFailed):
                 error.message += saved
                 raise
@@ -100,9 +98,10 @@ def run(job: Job, stop: Stop) -> Run:
                 line = f"out of memory{where}: lower train.tokens_per_microbatch{half} or max_length{saved}"
                 raise RunFailed(line, code="out_of_memory") from error
             if processes.is_lost(error):
-                line = f"another process of this run has ended, after step {len(result.metrics)}: its own line says why{saved}"
+                done = _taken(job, result)
+                line = f"another process of this run has ended, after step {done}: its own line says why{saved}"
                 raise RunFailed(line, code="lost_process") from error
-            log.warning(f"stopped after step {len(result.metrics)} of {len(the_plan)}{saved}")
+            log.warning(f"stopped after step {_taken(job, result)} of {len(the_plan)}{saved}")
             raise
     return result
 
@@ -111,6 +110,11 @@ def _check(model: Any, job: Job, the_plan: Plan) -> None:
     """That the first rows are scored right by the path that the run takes."""
     scorer, first = Scorer(model, share=job.keys.train.shares), planned_rows(job.train, the_plan, steps=1)
     check_path(scorer, job.train, first, dtype=job.dtype, budget=job.keys.train.tokens_per_microbatch)
+
+
+def _taken(job: Job, result: Run) -> int:
+    """The steps that were taken, by an earlier part of the run too."""
+    return len(result.metrics) or (checkpoint.facts_of(job.resume)["step"] if job.resume else 0)
 
 
 def _measured_until(job: Job) -> int:
@@ -126,13 +130,15 @@ def _before(
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Held-out figures and answers of the start: measured, or of a run that goes on what was measured then."""
     place = job.out / "checkpoints" / START if job.out else None
-    if job.resume and place and (known := files.read_json(place)):
-        return known["before"], [sample_of(said) for said in known["answers"]]
+    if job.resume and place:
+        if files.is_sealed(known := files.read_json(place)):
+            return known["before"], [sample_of(said) for said in known["answers"]]
+        log.warning(f"{place} is damaged: what stands in it is measured again")
     start = scored(job, weights.compute, job.held, needed_rows(job.held, job.method), "evaluate", stop)
     before = held_out(job.held, job.method, start, held, seed=job.keys.seed)
     found = answers(job, weights, prompts, stop)
     if place and job.writes:
-        files.write_json(place, {"before": before, "answers": [asdict(s) for s in found]})
+        files.write_json(place, files.seal({"before": before, "answers": [asdict(s) for s in found]}))
     return before, found
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from preftune.errors import Refusal
 
 APPLICATION = 0x70726674  # in the head of the file: another program's database is known by it
+SCHEMA = "key BLOB NOT NULL UNIQUE, logp BLOB NOT NULL"  # stands in the first page as it was written
 _SQLITE, _AT = b"SQLite format 3\0", 68  # what such a file begins with, and where it holds the number of its application
+_PAGE = 4096  # bytes
 
 
 def default_place() -> Path | None:
@@ -21,37 +23,45 @@ def default_place() -> Path | None:
     return cache / "preftune" / "reference.sqlite"
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file is a store, however damaged after its head, or stands where only a store can."""
+def is_ours(path: Path) -> bool | None:
+    """Whether a file is a store, whole or damaged, or stands where only a store can; None: it cannot be read.
+
+    Damage leaves one of two marks: the number in the head, or the table's own words. What is left of a head says nothing else.
+    """
     if path == default_place():
         return True
     try:
         with path.open("rb") as file:
-            head = file.read(_AT + 4)
+            begin = file.read(_PAGE)
     except OSError:
-        return False
-    return head.startswith(_SQLITE) and head[_AT:] == APPLICATION.to_bytes(4, "big")
+        return None
+    marked = begin[_AT : _AT + 4] == APPLICATION.to_bytes(4, "big") or SCHEMA.encode() in begin
+    return marked or (len(begin) < _AT + 4 and _SQLITE.startswith(begin[: len(_SQLITE)]))
 
 
-def check_place(setting: str | None, read: Iterable[str | Path]) -> None:
+def check_place(setting: str | None, read: Iterable[str], out: str | Path | None = None) -> None:
     """Refuses a store that would take the place of something else.
 
     Args:
         setting: `reference.store`: a path, `off`, or None.
         read: files and folders that the run reads; what is no path here is left out.
+        out: the run folder, where it is named.
 
     Raises:
-        Refusal: a folder, a file of another kind, or one among those that are read.
+        Refusal: a folder, a file of another kind, one among those that are read, or in the folder of a run that begins.
     """
     if setting is None or setting == "off":
         return
     path = Path(setting)
     for other in map(Path, read):
-        if other.exists() and path.resolve().is_relative_to(other.resolve()):
+        if os.path.exists(other) and path.resolve().is_relative_to(other.resolve()):
             line = f"{setting} is among the files that this run reads ({other}): name another file"
             raise Refusal(line, code="store_is_input", key="reference.store")
-    if path.is_dir():
+    if out is not None and path.resolve().is_relative_to(Path(out).resolve()):
+        line = f"{setting} is in the run's own folder, which keeps the values that it uses by itself: name another file"
+        raise Refusal(line, code="store_in_run", key="reference.store")
+    if os.path.isdir(path):
         raise Refusal(f"{setting} is a folder: name a file", code="not_a_store", key="reference.store")
-    if path.exists() and path.stat().st_size and not is_ours(path):
+    if os.path.exists(path) and is_ours(path) is False:
         line = f"{setting} is no store of preftune: name another file"
         raise Refusal(line, code="not_a_store", key="reference.store")

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from preftune.data.render import Batch, Rendered
-from preftune.models.inspect import QUANTIZED
-from preftune.scoring.place import APPLICATION, default_place, is_ours
+from preftune.models.inspect import MODEL_FILES
+from preftune.scoring.place import APPLICATION, SCHEMA, default_place, is_ours
 
 log = logging.getLogger("preftune")
 
@@ -38,11 +38,10 @@ LIBRARIES = " ".join(f"{name} {'.'.join(metadata.version(name).split('.')[:2])}"
 LIMIT = 4 * 2**30  # bytes; over it those rows go that were not used for longest
 PATIENCE = 30.0  # seconds to wait for another process that writes
 SETTLED = 2 * 10**9  # nanoseconds after which a file that is written again has another time
-MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", QUANTIZED, "*.py")
 
 _TABLES = (
     # the id is the clock: a row that is used moves to the end, so that what is evicted stands together at the beginning
-    "CREATE TABLE IF NOT EXISTS responses (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, logp BLOB NOT NULL)",
+    f"CREATE TABLE IF NOT EXISTS responses (id INTEGER PRIMARY KEY, {SCHEMA})",
     "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, digest BLOB NOT NULL)",
     f"PRAGMA application_id = {APPLICATION}",
 )
