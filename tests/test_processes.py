@@ -269,6 +269,16 @@ def test_what_a_process_has_to_say_stands_where_the_others_have_ended(monkeypatc
         pass
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_an_environment_that_says_no_number(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "two")
+    answer = call(capsys, "train", "model=m")
+    assert answer.code == 2 and f"preftune: {name}: of the environment is 'two' and no number" in answer.err
+
+
 def test_where_several_share_a_step_memory_that_is_short_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 

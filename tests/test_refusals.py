@@ -227,6 +227,9 @@ TABLE: list[tuple[str, str, list[str], dict[str, Any]]] = [
     ("train list.yaml", "bad_yaml", ["'key: value'"], {"file": "list.yaml"}),
     ("train empty.yaml", "bad_yaml", ["'key: value'"], {"file": "empty.yaml"}),
     ("train latin1.yaml", "not_utf8", ["UTF-8"], {"file": "latin1.yaml"}),
+    # -- names that no file can have
+    (f"{T} out={'a' * 300}", "os_error", ["name too long"], {}),
+    (f"{T} reference={'a' * 300}/b", "os_error", ["name too long"], {}),
     # -- data
     ("train model=m data=gone.jsonl", "not_found", ["no such file"], {"file": "gone.jsonl"}),
     ("train model=m data=pairs.jsnol", "not_found", ["Did you mean pairs.jsonl?"], {"file": "pairs.jsnol"}),

@@ -529,6 +529,8 @@ def test_the_verb_gives_pages_diagnosis_and_comparison(tmp_path: Path, caplog: p
     assert found.keys() == {"name", "title", "evidence", "threshold", "change", "page"}
     assert any(message.startswith("diagnosis: Chosen answers got less likely: over steps") for message in caplog.messages)
     assert "comparison" not in verb.run([str(runs[0])], False)
+    page = tmp_path / "not" / "there" / "page.html"
+    assert verb.run([*map(str, runs), f"out={page}"], True)["comparison"] == str(page) and page.is_file()
 
 
 @pytest.mark.parametrize(
@@ -536,6 +538,7 @@ def test_the_verb_gives_pages_diagnosis_and_comparison(tmp_path: Path, caplog: p
     [
         (["run-1", "out=a.html"], "one run is given"),
         (["run-1", "run-2", "out=a.pdf"], "name a .html file"),
+        (["run-1", "run-2", "out=run-1/config.yaml/a.html"], "run-1/config.yaml is a file"),
         ([f"run-{n}" for n in range(1, 10)], "9 runs: a comparison shows 8 at most"),
     ],
 )

@@ -284,6 +284,46 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
         caplog.clear()
 
 
+def test_any_bit_of_a_manifest_may_fall_over(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    """None is taken for whole; all but one bit, which makes another version's number of this one's, leave the one before it."""
+    shutil.copytree(next((whole("full") / "checkpoints").glob("step-*6")), folder := tmp_path / "step-000006")
+    path = folder / checkpoint.MANIFEST
+    data, newer = path.read_bytes(), 0
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert checkpoint.damage(folder) or same_json(flipped, data), bit
+        except Refusal as refused:
+            newer += 1
+            assert refused.code == "newer_checkpoint"
+    assert newer == 1
+
+
+def same_json(one: bytes | bytearray, other: bytes) -> bool:
+    """Another blank between the same words is no damage."""
+    return json.loads(one) == json.loads(other)
+
+
+def test_figures_of_the_start_that_are_damaged_are_measured_again(
+    whole: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        begin("full", out, at("train", 3))
+    start = out / "checkpoints" / "start.json"
+    text = start.read_text()
+    for damaged in (text.replace('"loss": 0.6', '"loss": 0.7', 1), text.replace("before", "befose"), text[:-9], "[]"):
+        assert damaged != text
+        shutil.rmtree(again := tmp_path / "again", ignore_errors=True)
+        shutil.copytree(out, again)
+        (again / "checkpoints" / "start.json").write_text(damaged)
+        go_on(again)
+        assert same(again, whole("full")) and "start.json is damaged: what stands in it is measured again" in caplog.text
+        caplog.clear()
+
+
 def test_what_is_done_when_none_is_whole(whole: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole("full"), out)
@@ -488,6 +528,7 @@ def test_what_is_refused(whole: Callable[[str], Path], place: Path, tmp_path: Pa
         ((f"resume={run}", "steps=8", "overwrite=true"), "unused_key", ["overwrite"]),
         ((f"resume={place / 'm'}",), "no_run", ["no config.yaml"]),
         (("resume=nowhere",), "no_run", ["nowhere is not there"]),
+        (("resume=",), "missing_key", ["train resume=RUN"]),
         ((f"resume={run}", "steps=2"), "shorter", ["begun for 6 steps, and 2"]),
     ):  # fmt: skip
         answer = call(capsys, "train", *said, "--json")
@@ -501,6 +542,100 @@ def test_what_is_refused(whole: Callable[[str], Path], place: Path, tmp_path: Pa
     finally:
         (place / "pairs.jsonl").write_text(before)
     assert lines(run)[-1]["step"] == STEPS, "nothing was touched"
+
+
+@pytest.mark.parametrize(
+    "changed", ["r/model.safetensors", "r/config.json", "m/config.json", "m/tokenizer.json", "data/b.jsonl"]
+)
+def test_a_run_goes_on_with_the_files_that_it_was_begun_with(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever that is said, and not with others, nor with more of them."""
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("m"), positions=128)
+    write_model(Path("r"), seed=5, positions=128)
+    Path("data").mkdir()
+    write_rows(Path("data/a.jsonl"), PAIRS[:24])
+    own = ["model=m", "reference=r", "data=data", "method=dpo", "batch_size=8", "steps=3", "train.save_every=1"]
+    with pytest.raises(Killed):
+        train(resolve(TrainKeys, [*own, "reference.store=off", "out=run"]), progress=at("train", 2))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    path = tmp_path / changed
+    if path.suffix == ".jsonl":
+        write_rows(path, PAIRS[24:30])
+    else:
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+    with pytest.raises(Refusal) as refused:
+        go_on(tmp_path / "run")
+    assert (refused.value.code, refused.value.file) == ("changed_file", str(path))
+    if path.suffix == ".jsonl":
+        path.unlink()
+    else:
+        path.write_bytes(before)
+    go_on(tmp_path / "run")
+    assert len(lines(tmp_path / "run")) == 3
+
+
+def test_two_do_not_train_in_one_folder(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    out, other = tmp_path / "run", "another process trains in .*run just now"
+    tried: list[str] = []
+
+    def watch(phase: str, done: int, total: int, line: dict[str, Any]) -> None:
+        if (phase, done) == ("train", 3):
+            for again in (lambda: go_on(out), lambda: train(resolve(TrainKeys, [*words("full", out), "overwrite=true"]))):
+                with pytest.raises(Refusal, match=other) as refused:
+                    again()
+                tried.append(str(refused.value.key))
+
+    begin("full", out, watch)
+    assert tried == ["resume", "out"] and same(out, whole("full"))
+    shutil.rmtree(out)
+    with pytest.raises(Killed):
+        begin("full", out, at("train", 2))
+    go_on(out, progress=watch)
+    assert tried == ["resume", "out"] * 2 and same(out, whole("full"))
+
+
+def test_a_run_of_so_many_steps_goes_on_by_epochs(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    """21 rows are three steps an epoch."""
+    shutil.copytree(whole("full"), out := tmp_path / "run")
+    with pytest.raises(Refusal, match="begun for 6 steps, and 3 are asked for") as refused:
+        go_on(out, "epochs=1")
+    assert refused.value.key == "epochs"
+    go_on(out, "epochs=3")
+    assert len(lines(out)) == 9
+    with pytest.raises(Refusal, match="complete"):
+        go_on(out, "train.trackers=[tensorboard]")
+
+
+def test_stopped_before_it_took_up_where_it_was(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        begin("full", out, at("train", 5))
+
+    def stops(phase: str, done: int, total: int, line: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"after step 4 of 6; train resume=.*run goes on from step-000004"):
+        go_on(out, progress=stops)
+    go_on(out)
+    assert same(out, whole("full"))
+
+
+@pytest.mark.parametrize("how", ["cut", "a folder", "another file"])
+def test_whatever_became_of_the_store_a_run_goes_on_with_its_own_values(how: str, place: Path, tmp_path: Path) -> None:
+    store, own = tmp_path / "s.sqlite", [word for word in words("full", tmp_path / "run") if "store" not in word]
+    with pytest.raises(Killed):
+        train(resolve(TrainKeys, [*own, f"reference.store={store}"]), progress=at("train", 3))
+    if how == "cut":
+        os.truncate(store, 50)
+    else:
+        store.unlink()
+        store.mkdir() if how == "a folder" else store.write_text("my own notes")
+    go_on(tmp_path / "run")
+    assert same(tmp_path / "run", place / "whole-full") and (how != "another file" or store.read_text() == "my own notes")
 
 
 def test_the_lines_of_the_metrics_are_on_the_disk_before_the_checkpoint_of_their_step(

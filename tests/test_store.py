@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -636,6 +637,58 @@ def test_an_empty_file_and_a_damaged_store_may_be_named(
     assert fit(tiny.model(), tokenizer, reference_store=place) == right
     assert fit(tiny.model(), tokenizer, reference_store=place) == right and taken(caplog) == (16, 16)
     assert (tmp_path / "x.damaged-1").is_file()
+
+
+@pytest.mark.parametrize("at", [0, 3, 15, 50, 69, "cut 10", "cut 50", "cut 90", "cut 5000"])
+def test_a_store_is_known_wherever_it_is_damaged(
+    at: int | str, tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "x"
+    right = fit(tiny.model(), tokenizer, reference_store=place)
+    data = bytearray(place.read_bytes())
+    if isinstance(at, int):
+        data[at] ^= 1
+        place.write_bytes(data)
+    else:
+        os.truncate(place, int(at.removeprefix("cut ")))
+    caplog.clear()
+    assert fit(tiny.model(), tokenizer, reference_store=place) == right
+    assert fit(tiny.model(), tokenizer, reference_store=place) == right and taken(caplog) == (16, 16)
+    said = [line for line in warnings(caplog) if "is damaged" in line]
+    assert len(said) == len(list(tmp_path.glob("x.damaged-*"))) <= 1, "some bits of a head mean nothing"
+
+
+def test_a_store_that_may_not_be_read_stops_nothing(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "x"
+    right = fit(tiny.model(), tokenizer, reference_store=place)
+
+    def denied(*path: Any, **how: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def closed(*path: Any, **how: Any) -> Any:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *how, **more: (denied if self == place else opened)(self, *how, **more))
+    monkeypatch.setattr(sqlite3, "connect", closed)
+    assert fit(tiny.model(), tokenizer, reference_store=place) == right
+    assert [line for line in warnings(caplog) if str(place) in line and "neither taken from here nor kept" in line]
+
+
+def test_a_store_in_the_folder_of_its_run_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(Refusal, match="in the run's own folder") as refused:
+        fit(tiny.model(), tokenizer, reference_store=tmp_path / "run" / "s.sqlite", out=tmp_path / "run")
+    assert refused.value.code == "store_in_run" and not list(tmp_path.iterdir())
+
+
+def test_a_store_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "m")
+    monkeypatch.setattr("preftune.runs.train.read_data", None)
+    words = [f"model={tmp_path / 'm'}", "data=d.jsonl", f"reference.store={tmp_path}", f"out={tmp_path / 'out'}"]
+    with pytest.raises(Refusal, match="is a folder"):
+        train(resolve(TrainKeys, words))
 
 
 @pytest.mark.parametrize("inside", ["m/reference.sqlite", "r/reference.sqlite", "d.jsonl", "held.jsonl"])
