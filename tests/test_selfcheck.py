@@ -358,6 +358,22 @@ def test_doctor_says_that_all_is_the_same_and_what_a_run_takes(
     assert not list(here.glob("runs*"))
 
 
+SHARED = [{"prompt": "A cat", "chosen": " sang.", "rejected": text} for text in (" left.", " met a dog.")]
+RANKING = {"prompt": "A cat", "responses": [" sang.", " left.", " met a dog."], "ranks": [1, 2, 3]}
+
+
+@pytest.mark.parametrize("rows", [SHARED, [RANKING]], ids=["pairs", "ranking"])
+def test_doctor_takes_comparisons_that_share_an_answer(
+    rows: list[dict[str, Any]], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(Path("shared.jsonl"), rows)
+    said = call(capsys, "doctor", "model=m", "data=shared.jsonl", "method=dpo", "dtype=float32", "--json")
+    assert said.code == 0, said.err
+    assert all(line["passed"] for line in said.json["checks"])
+    answers = preftune.render(preftune.read("shared.jsonl"), tiny.tokenizer()).sequences
+    assert len(answers) == 3 and said.json["run"]["tokens_one_by_one"] == sum(len(answer.ids) for answer in answers)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_doctor_finds_planted_faults(
     fault: Any, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     from preftune.models.reward import load_reward
     from preftune.models.size import check_layers
     from preftune.runs.doctor import examine, expect
+    from preftune.runs.job import rows_of
     from preftune.training.options import TrainOptions
     from preftune.training.precision import DTYPES, default_dtype
     from preftune.training.steps import plan
@@ -50,7 +51,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     batch = method.rows(data.batch, partial(render, tokenizer=data.tokenizer, template=keys.data.template))
     options: Any = {"batch_size": keys.batch_size, "epochs": 1.0, "steps": None, "seed": keys.seed}
     the_plan = plan(method.examples(batch.groups), learning_rate=1.0, options=TrainOptions(), **options)
-    steps = [[batch.index(e.group, r) for e in examples for r in e.rows] for _, examples in the_plan.batches]
+    steps = [rows_of(batch, examples) for _, examples in the_plan.batches]
     how: Any = {"dtype": dtype, "new_adapter": new_adapter, "ref": data.refs[0], "packed": packed}
     lines = examine(model, batch, steps[0], **how)
     expected = expect(model, batch, steps, dtype=dtype, reference=method.needs_reference)

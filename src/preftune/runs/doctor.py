@@ -134,15 +134,15 @@ def _start(model: Any, batch: Batch, rows: list[int], dtype: torch.dtype, *, new
 
 
 def expect(model: Any, batch: Batch, steps: Sequence[Sequence[int]], *, dtype: torch.dtype, reference: bool) -> dict[str, Any]:
-    """Tokens, memory and time of a run whose steps need these rows.
+    """Tokens, memory and time of a run whose steps need these rows, each once.
 
     Returns:
         `steps`, `tokens` of all steps as they are computed, `tokens_one_by_one` with a prompt for every response, `saved` (a
         share), `fixed_gb, memory_gb, free_gb, tokens_per_microbatch, seconds` (see `Estimate`; None where it is not known).
     """
     device, shares, before = model.device, Scorer(model).shares, virtual_tokens(model)
-    sizes = [pass_tokens(batch.sequences, list(dict.fromkeys(rows)), shares=True, before=before) for rows in steps]
-    alone = sum(before + len(batch.sequences[row].ids) for rows in steps for row in dict.fromkeys(rows))
+    sizes = [pass_tokens(batch.sequences, rows, shares=True, before=before) for rows in steps]
+    alone = sum(before + len(batch.sequences[row].ids) for rows in steps for row in rows)
     tokens = sum(sizes) if shares else alone
     found = Estimate.of(model, dtype, best=False, reference=reference)
     free = free_bytes(device)

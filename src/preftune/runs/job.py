@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from preftune.evaluation.evaluate import counted
 from preftune.keys import TrainKeys
 from preftune.scoring.score import score_logp
 from preftune.scoring.store import Stored
-from preftune.training.method import Method
+from preftune.training.method import Example, Method
 from preftune.training.order import Mixing
 from preftune.training.signals import Stop
 from preftune.training.steps import Plan, plan
@@ -96,10 +96,14 @@ def plan_of(method: Method, batch: Batch, keys: TrainKeys) -> Plan:
     )
 
 
+def rows_of(batch: Batch, examples: Iterable[Example]) -> list[int]:
+    """The rows that examples need scores of, each once: they may share some."""
+    return list(dict.fromkeys(batch.index(e.group, r) for e in examples for r in e.rows))
+
+
 def planned_rows(batch: Batch, the_plan: Plan, steps: int | None = None) -> list[int]:
     """The rows that the first steps of a plan use, all steps where none are named."""
-    examples = (e for _, examples in the_plan.batches[:steps] for e in examples)
-    return list(dict.fromkeys(batch.index(e.group, r) for e in examples for r in e.rows))
+    return rows_of(batch, (e for _, examples in the_plan.batches[:steps] for e in examples))
 
 
 def scored(job: Job, model: Any, batch: Batch, rows: list[int], phase: str, stop: Stop, keep: Keep | None = None) -> Tensor:

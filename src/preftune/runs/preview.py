@@ -31,15 +31,14 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
         (tokens), `max_length`, `fixed_gb, memory_gb, free_gb, seconds, tokens_per_microbatch` (estimates; None where the model
         cannot be built without its weights), `rows` (texts).
     """
-    from preftune.runs.job import plan_of
+    from preftune.runs.job import plan_of, rows_of
     from preftune.training.estimate import pass_tokens
 
     batch = rendered.train
     method = methods.make(keys.method, beta=keys.beta)
     examples = method.examples(batch.groups)
     the_plan = plan_of(method, batch, keys)
-    used = {batch.index(e.group, r) for e in examples for r in e.rows}
-    lengths = [len(batch.sequences[i].ids) for i in used]
+    lengths = [len(batch.sequences[row].ids) for row in rows_of(batch, examples)]
     plan: dict[str, Any] = {
         "method": method.name,
         "examples": len(examples),
@@ -57,9 +56,9 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
         f"{plan['tokens_per_epoch']:,} tokens an epoch, longest {plan['longest']:,} of {keys.max_length or 'no limit'}"
     )
     found = estimate_of(keys, evaluates=bool(rendered.held.groups))
-    steps = [[batch.index(e.group, r) for e in own for r in e.rows] for _, own in the_plan.batches]
     before = keys.adapter.virtual or facts(resolve(keys.model, "model"), "model").virtual
-    sizes = [pass_tokens(batch.sequences, list(dict.fromkeys(rows)), shares=True, before=before) for rows in steps]
+    steps = [rows_of(batch, own) for _, own in the_plan.batches]
+    sizes = [pass_tokens(batch.sequences, rows, shares=True, before=before) for rows in steps]
     unknown = dict.fromkeys(("fixed_gb", "memory_gb", "free_gb", "seconds", "tokens_per_microbatch"))
     plan |= takes(keys, found, sizes, sum(sizes)) if found else unknown
     plan["rows"] = [_row(example, method.roles(example), batch, tokenizer) for example in examples[:ROWS]]
