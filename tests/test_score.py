@@ -11,6 +11,7 @@ import tiny
 import tolerances
 import torch
 from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from preftune.data.render import Batch, Rendered, render
 from preftune.errors import Refusal
@@ -167,6 +168,23 @@ def test_nothing_to_score_gives_nothing_and_unknown_wishes_are_refused(model: An
     with pytest.raises(Refusal) as want:
         score(model, batch, want=("entropi",))  # type: ignore[arg-type]
     assert (head.value.code, want.value.code) == ("unknown_head", "unknown_want")
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "hint"),
+    [
+        (AutoModelForSequenceClassification, 1, 'head="scalar" gives its number'),
+        (AutoModelForSequenceClassification, 3, "AutoModelForCausalLM"),
+        (AutoModel, 1, "AutoModelForCausalLM"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_that_predicts_no_tokens_has_no_logp(name: str, kind: Any, labels: int, hint: str, tokenizer: Any) -> None:
+    config = tiny.CONFIGS[name](64)
+    config.num_labels = labels
+    with pytest.raises(Refusal, match=hint) as refused:
+        score(kind.from_config(config), render(tiny.pairs(1), tokenizer))
+    assert (refused.value.code, refused.value.key) == ("no_logp_head", "head")
 
 
 def test_a_pretrained_model_scores_as_transformers_does(shared: Any) -> None:

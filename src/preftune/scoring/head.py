@@ -43,12 +43,18 @@ class Head:
 
     Args:
         model: a causal language model of transformers; its adapters, if any, are inside its modules.
+
+    Raises:
+        Refusal: a model that predicts no tokens.
     """
 
     def __init__(self, model: Any) -> None:
+        self.output: Any = model.get_output_embeddings()
+        if gives_scalars(model) or (self.output is None and not model.can_generate()):
+            hint = 'head="scalar" gives its number' if gives_scalars(model) else "load it with AutoModelForCausalLM"
+            raise Refusal(f"{type(model).__name__} predicts no tokens: {hint}", code="no_logp_head", key="head")
         self.body = backbone(model)
         self.shell = _without(model, self.body) if self.body is not None else None
-        self.output: Any = model.get_output_embeddings()
         self.plain = self._is_plain()
         if not self.plain and not self._runs(model):
             self.body = self.shell = None
