@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -168,6 +169,9 @@ def test_nothing_to_score_gives_nothing_and_unknown_wishes_are_refused(model: An
     with pytest.raises(Refusal) as want:
         score(model, batch, want=("entropi",))  # type: ignore[arg-type]
     assert (head.value.code, want.value.code) == ("unknown_head", "unknown_want")
+    with pytest.raises(Refusal, match=re.escape('want=("entropy",)')) as letters:
+        score(model, batch, want="entropy")  # type: ignore[arg-type]
+    assert (letters.value.code, letters.value.key) == ("bad_value", "want")
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,12 @@ def score(
         Scores, in the order group, then response; with a graph where gradients are enabled.
 
     Raises:
-        Refusal: an unknown head or one that the model has not, or an unknown value in `want`.
+        Refusal: an unknown head or one that the model has not, or an unknown value in `want`, or a string alone.
     """
     if head not in HEADS:
         raise Refusal(f"head {head!r} is not known; known: {', '.join(HEADS)}", code="unknown_head", key="head")
+    if isinstance(want, str):
+        raise Refusal(f'give a tuple of names: want=("{want}",)', code="bad_value", key="want")
     unknown = [w for w in want if w not in WANTS]
     if unknown:
         raise Refusal(f"want {unknown[0]!r} is not known; known: {', '.join(WANTS)}", code="unknown_want", key="want")
