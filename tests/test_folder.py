@@ -44,6 +44,23 @@ def test_a_run_that_began_meanwhile_is_not_moved_away(tmp_path: Path) -> None:
     assert (tmp_path / "run.old-1/config.yaml").read_text() == "of another run"
 
 
+def test_a_file_stands_apart_from_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    for name in ("rows.jsonl", "m/config.json", "m2.json"):
+        Path(name).write_text("{}")
+    Path("link.jsonl").symlink_to("rows.jsonl")
+    for out, read in (
+        ("rows.jsonl", "./rows.jsonl"), ("link.jsonl", "rows.jsonl"), ("rows.jsonl", "~/rows.jsonl"), ("m/config.json", "m"),
+    ):  # fmt: skip
+        with pytest.raises(Refusal, match=f"{out} is read") as refused:
+            folder.check_file_apart(Path(out), ["owner/name", read])
+        assert (refused.value.code, refused.value.key) == ("out_is_input", "out")
+    for out in ("new.jsonl", "m/new.jsonl", "m2.json", "m"):
+        folder.check_file_apart(Path(out), ["m", "rows.jsonl", "no/such/*.jsonl"])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_an_error_and_no_broken_file(value: float, tmp_path: Path) -> None:
     for write, content in ((folder.write_json, {"loss": value}), (folder.write_lines, [{"loss": 1.0}, {"loss": value}])):

@@ -490,6 +490,42 @@ def test_a_run_does_not_overwrite_what_it_reads(
         assert (error["code"], error["key"]) == ("out_holds_input", "out")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "score model=m data=pairs.jsonl out=./pairs.jsonl",
+        "score model=m data=pairs.jsonl out=m/config.json",
+        "score model=m data=pairs.jsonl reference=other out=other/config.json",
+        "score good.yaml out=good.yaml",
+        "score model=m data=nested out=nested/pairs.jsonl",
+        "score model=m data=pairs.jsonl data.template=plain.jinja out=plain.jinja",
+        "generate model=m prompts=prompts.jsonl out=prompts.jsonl",
+        "generate model=link prompts=prompts.jsonl out=m/config.json",
+        "generate sample.yaml out=sample.yaml",
+        "check pairs.jsonl out=pairs.jsonl",
+        "check data.sources=[pairs.jsonl] out=pairs.jsonl",
+        "check pairs.jsonl eval_data=ties.jsonl out=ties.jsonl",
+        "check pairs.jsonl model=m out=m/config.json",
+        "check pairs.jsonl check.yaml out=check.yaml",
+        "convert nested nested/pairs.jsonl to=pairs",
+    ],
+)
+def test_a_file_that_is_read_is_not_written_over(
+    line: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nested").mkdir()
+    for name in ("pairs.jsonl", "prompts.jsonl", "ties.jsonl", "good.yaml", "nested/pairs.jsonl"):
+        shutil.copy(place / Path(name).name, tmp_path / name)
+    for name in ("m", "other"):
+        shutil.copytree(place / "m", tmp_path / name)
+    (tmp_path / "plain.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "sample.yaml").write_text("model: m\nprompts: prompts.jsonl\n")
+    (tmp_path / "check.yaml").write_text("near_duplicates: false\n")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    error = refused(tmp_path, capsys, monkeypatch, f"{line} overwrite=true").error
+    assert (error["code"], error["key"]) == ("out_is_input", "out")
+
+
 def test_a_run_that_is_not_there_is_no_name_on_the_hub(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

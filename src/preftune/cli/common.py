@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preftune.models.inspect import check_vocabulary, facts, resolve
+from preftune.runs import folder as files
 from preftune.runs.prepare import load_said
 
 if TYPE_CHECKING:
     import torch
 
-    from preftune.data.options import ScoredOptions
+    from preftune.data.options import DataOptions, ScoredOptions
     from preftune.data.render import Batch
     from preftune.keys import DoctorKeys, EvaluateKeys, ScoreKeys
     from preftune.records import Group
+
+
+def check_out(out: str, words: Iterable[str], options: DataOptions, **models: str | None) -> None:
+    """Refuses to write over what a verb reads: its files among the words, its data, their template, and its models by key."""
+    read = [word for word in words if "=" not in word]
+    read += [*(source.path for source in options.sources), *([options.template] if options.template else [])]
+    read += [resolve(ref, key) for key, ref in models.items() if ref]
+    files.check_file_apart(Path(out), read)
 
 
 @dataclass

@@ -29,8 +29,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     source, place = places
     keys = resolve(ConvertKeys, [word for word in words if "=" in word])
     target = _target(keys.to)
-    if Path(place).exists() and Path(source).exists() and Path(place).samefile(source):
-        raise Refusal("what is read would be written over: name another file", code="out_is_input", file=place)
+    files.check_file_apart(Path(place), [source])
     out = files.choose_file(place, overwrite=keys.overwrite)
     check_ending(out)
     if keys.data.sources:

@@ -117,6 +117,14 @@ def choose_file(out: str, *, overwrite: bool) -> Path:
     return path
 
 
+def check_file_apart(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuses to write over a file that is read: one of these, or one in a folder of these. A new file may stand there."""
+    there = [path for path in (Path(given).expanduser() for given in inputs) if path.exists()]
+    if out.is_file() and any(out.samefile(path) or path.resolve() in out.resolve().parents for path in there):
+        line = f"{out} is read, and would be written over: name another file"
+        raise Refusal(line, code="out_is_input", key="out")
+
+
 def check_parent(path: Path) -> None:
     """Refuses a place that cannot be written, before compute is spent on what should stand there."""
     parent = next(p for p in path.absolute().parents if p.exists())
