@@ -350,6 +350,8 @@ def test_doctor_says_that_all_is_the_same_and_what_a_run_takes(
     assert 8 in chunks and max(chunks) > 8, "one of the checks takes the head in chunks"
     assert said.code == 0 and said.out == "" and said.err.count(" same ") == 5 and "DIFFERENT" not in said.err
     assert "memory: about" in said.err and "time: about" in said.err and "fewer than one by one" in said.err
+    quiet = call(capsys, *words, "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     told = call(capsys, *words, "--json").json
     assert told["healthy"] and len(told["checks"]) == 5
     run = told["run"]
@@ -379,6 +381,6 @@ def test_doctor_finds_planted_faults(
     fault: Any, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault(monkeypatch)
-    said = call(capsys, "doctor", "model=m", "data=pairs.jsonl", "dtype=float32")
+    said = call(capsys, "doctor", "model=m", "data=pairs.jsonl", "dtype=float32", "--quiet")
     assert said.code == 1 and "DIFFERENT" in said.err
     assert "preftune: not the same: answers together on a trie = one by one" in said.err

@@ -58,7 +58,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     healthy = all(line["passed"] for line in lines)
     told = {"healthy": healthy, "method": method.name, "dtype": str(dtype).removeprefix("torch.")}
     result = {**told, "checks": lines, "run": expected}
-    if not as_json or not healthy:
+    if not healthy or (not as_json and log.isEnabledFor(logging.INFO)):
         _print(result, keys.batch_size)
     if not healthy:
         wrong = ", ".join(line["check"] for line in lines if not line["passed"])
