@@ -339,6 +339,8 @@ def test_doctor_looks_at_what_earlier_runs_stored(
         code, line = examined(*more)
         assert code == 0 and line and line["passed"] and "8 responses from" in line["note"]
     path = cache / "preftune" / "reference.sqlite"
+    (said,) = [line for line in call(capsys, "doctor", *words).err.splitlines() if line.startswith(named)]
+    assert said.endswith(f"8 responses from {path}")
     groups = preftune.read(str(data))
     batch = render(groups, tiny.tokenizer())
     stored = Stored(Store(path), Store(path).digest(str(model)) or b"", torch.float32, "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from functools import partial
 from typing import Any
 
@@ -67,31 +68,24 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any], batch_size: int) -> None:
-    import sys
-
-    from rich.console import Console
-    from rich.table import Table
-
     from preftune.runs.preview import duration
 
     def shown(value: float | None) -> str:
         return "" if value is None else f"{value:.1e}"
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column, side in (("check", "left"), ("", "left"), ("nats per token", "right"), ("gradients", "right"), ("", "left")):
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    rows = [("check", "", "nats per token", "gradients", "")]
     for line in result["checks"]:
         verdict = "same" if line["passed"] else "DIFFERENT"
-        table.add_row(line["check"], verdict, shown(line["values"]), shown(line["gradients"]), line["note"])
-    console = Console(file=sys.stderr, highlight=False)
-    console.print(table)
+        rows.append((line["check"], verdict, shown(line["values"]), shown(line["gradients"]), line["note"]))
+    name, same, values, slopes, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [f"{a:<{name}}  {b:<{same}}  {c:>{values}}  {d:>{slopes}}  {e}".rstrip() for a, b, c, d, e in rows]
     run = result["run"]
     free = f" of {run['free_gb']:.3g} free" if run["free_gb"] is not None else ""
     about = "not known" if run["memory_gb"] is None else f"about {run['memory_gb']:.3g} GB"
     saved = f"{run['tokens']:,} tokens, {run['saved']:.0%} fewer than one by one"
-    for line in (
+    lines += [
         f"one epoch of {result['method']} in {result['dtype']}: {run['steps']:,} steps of {batch_size}, {saved}",
         f"time: about {duration(run['seconds'])} for the steps, at half the rate of one matrix product on this machine",
         f"memory: {about}{free}, {run['fixed_gb']:.3g} GB of it weights, gradients and the optimizer's state",
-    ):
-        console.print(line, soft_wrap=True)
+    ]
+    print("\n".join(lines), file=sys.stderr)
