@@ -130,6 +130,14 @@ def test_what_a_verb_does_not_use_of_a_file_is_said(caplog: pytest.LogCaptureFix
     caplog.clear()
     resolve(TrainKeys, [written("train.yaml", "model: m\ndata: d\nbeta: 0.1\n")])
     assert caplog.messages == []
+    words = ["model=m", "data=d", "seed=7", "reference={model: r, store: s, sync_steps: 2, sync_alpha: 0.5}"]
+    moving = "reference.store, reference.sync_steps, reference.sync_alpha"
+    resolve(EvaluateKeys, words)
+    resolve(ScoreKeys, [*words, "out=s.jsonl"])
+    assert caplog.messages == [f"not used by evaluate: {moving}", f"not used by score: {moving}, seed"]
+    caplog.clear()
+    resolve(ScoreKeys, ["model=m", "data=d", "seed=0", "reference=r", "out=s.jsonl"])
+    assert caplog.messages == []
     with pytest.raises(Refusal, match="It is a key of train, evaluate, score"):
         resolve(GenerateKeys, [file, "beta=0.1"])
 

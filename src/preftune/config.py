@@ -16,7 +16,17 @@ from preftune.config_errors import refusal
 from preftune.config_files import expand, merge, new_yaml, parse_word, read_file, said_in, without_nulls
 from preftune.data.options import DataOptions, Source
 from preftune.errors import Refusal
-from preftune.keys import VERB_KEYS, CheckKeys, DoctorKeys, EvaluateKeys, GenerateKeys, Keys, ReferenceOptions, TrainKeys
+from preftune.keys import (
+    VERB_KEYS,
+    CheckKeys,
+    DoctorKeys,
+    EvaluateKeys,
+    GenerateKeys,
+    Keys,
+    ReferenceOptions,
+    ScoreKeys,
+    TrainKeys,
+)
 from preftune.methods.options import MethodOptions, check, check_beta, needs
 from preftune.models.options import check_adapter
 
@@ -59,7 +69,7 @@ def build(keys: type[K], raw: dict[str, Any]) -> K:
 
 
 def _consistent(run: K) -> K:
-    """Refuses keys that nothing would read."""
+    """Refuses keys that nothing would read, or says them where another verb has a use for them."""
     if isinstance(run, TrainKeys | DoctorKeys):
         check_adapter(run.adapter)
     if isinstance(run, TrainKeys | EvaluateKeys | DoctorKeys | CheckKeys):
@@ -75,6 +85,11 @@ def _consistent(run: K) -> K:
         _check_weights(run)
     elif any(source.weight for source in _sources(run)):
         log.info("not used: the weights of the sources, which say how a training run draws from them")
+    if isinstance(run, ScoreKeys | EvaluateKeys):
+        unused = [f"reference.{name}" for name in _changed(run.reference, "store", "sync_steps", "sync_alpha")]
+        unused += _changed(run, "seed") if isinstance(run, ScoreKeys) else []
+        if unused:
+            log.info(f"not used by {_verb_of(type(run))}: {', '.join(unused)}")
     if isinstance(run, CheckKeys) and run.model is None:
         for name in _changed(run, "dtype", "batch_size", "max_length", "trust_remote_code"):
             raise Refusal("only a model's tokenizer or run reads it: add model=...", code="unused_key", key=name)
