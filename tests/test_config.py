@@ -12,7 +12,7 @@ from preftune.config_errors import ELSEWHERE
 from preftune.config_files import parse_word
 from preftune.data.options import Source
 from preftune.errors import Refusal, nearest
-from preftune.keys import VERB_KEYS, DemoKeys, EvaluateKeys, GenerateKeys, Keys, ScoreKeys, TrainKeys
+from preftune.keys import VERB_KEYS, DemoKeys, DoctorKeys, EvaluateKeys, GenerateKeys, Keys, ScoreKeys, TrainKeys
 
 NEEDED = ["model=m", "data=d.jsonl"]
 
@@ -134,7 +134,12 @@ def test_what_a_verb_does_not_use_of_a_file_is_said(caplog: pytest.LogCaptureFix
     moving = "reference.store, reference.sync_steps, reference.sync_alpha"
     resolve(EvaluateKeys, words)
     resolve(ScoreKeys, [*words, "out=s.jsonl"])
-    assert caplog.messages == [f"not used by evaluate: {moving}", f"not used by score: {moving}, seed"]
+    resolve(DoctorKeys, words)
+    assert caplog.messages == [
+        f"not used by evaluate: {moving}",
+        f"not used by score: {moving}, seed",
+        f"not used by doctor: {moving.replace('store', 'model')}",
+    ]
     caplog.clear()
     resolve(ScoreKeys, ["model=m", "data=d", "seed=0", "reference=r", "out=s.jsonl"])
     assert caplog.messages == []

@@ -339,6 +339,11 @@ def test_doctor_looks_at_what_earlier_runs_stored(
         code, line = examined(*more)
         assert code == 0 and line and line["passed"] and "8 responses from" in line["note"]
     path = cache / "preftune" / "reference.sqlite"
+    own, new = shutil.copy(path, tmp_path / "own.sqlite"), tmp_path / "new.sqlite"
+    for store, note in (("off", None), (new, None), (own, f"8 responses from {own}")):
+        code, line = examined(f"reference.store={store}")
+        assert (code, line and line["note"]) == (0, note)
+    assert not new.exists() and examined(f"reference.store={data}") == (2, None)
     (said,) = [line for line in call(capsys, "doctor", *words).err.splitlines() if line.startswith(named)]
     assert said.endswith(f"8 responses from {path}")
     groups = preftune.read(str(data))

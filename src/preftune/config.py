@@ -85,8 +85,9 @@ def _consistent(run: K) -> K:
         _check_weights(run)
     elif any(source.weight for source in _sources(run)):
         log.info("not used: the weights of the sources, which say how a training run draws from them")
-    if isinstance(run, ScoreKeys | EvaluateKeys):
-        unused = [f"reference.{name}" for name in _changed(run.reference, "store", "sync_steps", "sync_alpha")]
+    if isinstance(run, ScoreKeys | EvaluateKeys | DoctorKeys):
+        other = "model" if isinstance(run, DoctorKeys) else "store"
+        unused = [f"reference.{name}" for name in _changed(run.reference, other, "sync_steps", "sync_alpha")]
         unused += _changed(run, "seed") if isinstance(run, ScoreKeys) else []
         if unused:
             log.info(f"not used by {_verb_of(type(run))}: {', '.join(unused)}")

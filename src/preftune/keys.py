@@ -38,7 +38,7 @@ class ReferenceOptions(Keys):
     model: Place | None = Field(default=None, description="Folder, hub name or run; absent: the starting policy.")
     store: Place | None = Field(
         default=None,
-        description="train: file that keeps reference log-probabilities for later runs, or off; absent: in the user's cache.",
+        description="train, doctor: file of reference log-probabilities for later runs, or off; absent: in the user's cache.",
     )
     sync_steps: Count | None = Field(
         default=None,
@@ -134,6 +134,7 @@ class ScoreKeys(WithModel):
 class DoctorKeys(WithModel):
     data: ScoredOptions = Field(description="What a run would train on.")
     method: MethodOptions = _METHOD
+    reference: ReferenceOptions = _REFERENCE
     adapter: AdapterOptions = Field(default=AdapterOptions(), description="Short for adapter.type.")
     batch_size: Count = Field(default=32, description="Of the run whose time is estimated.")
     max_length: Count | None = Field(

@@ -13,12 +13,14 @@ from preftune.errors import RunFailed
 from preftune.keys import DoctorKeys
 from preftune.models.inspect import check_adapter_of, facts
 from preftune.models.inspect import resolve as resolve_model
+from preftune.scoring.place import check_place
 
 log = logging.getLogger("preftune")
 
 
 def run(words: list[str], as_json: bool) -> dict[str, Any]:
     keys = resolve(DoctorKeys, words)
+    check_place(keys.reference.store, ())
     from preftune.cli.common import open_data
 
     check_adapter_of(facts(resolve_model(keys.model, "model"), "model"), keys.adapter)
@@ -53,8 +55,8 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     options: Any = {"batch_size": keys.batch_size, "epochs": 1.0, "steps": None, "seed": keys.seed}
     the_plan = plan(method.examples(batch.groups), learning_rate=1.0, options=TrainOptions(), **options)
     steps = [rows_of(batch, examples) for _, examples in the_plan.batches]
-    how: Any = {"dtype": dtype, "new_adapter": new_adapter, "ref": data.refs[0], "packed": packed}
-    lines = examine(model, batch, steps[0], **how)
+    known_by: Any = {"ref": data.refs[0], "store": keys.reference.store, "packed": packed}
+    lines = examine(model, batch, steps[0], dtype=dtype, new_adapter=new_adapter, **known_by)
     expected = expect(model, batch, steps, dtype=dtype, reference=method.needs_reference)
     healthy = all(line["passed"] for line in lines)
     told = {"healthy": healthy, "method": method.name, "dtype": str(dtype).removeprefix("torch.")}

@@ -26,7 +26,15 @@ from preftune.training.estimate import Estimate, free_bytes, matrix_rate, pass_t
 
 
 def examine(
-    model: Any, batch: Batch, rows: Sequence[int], *, dtype: torch.dtype, new_adapter: bool, ref: str, packed: bool = False
+    model: Any,
+    batch: Batch,
+    rows: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    new_adapter: bool,
+    ref: str,
+    store: str | None = None,
+    packed: bool = False,
 ) -> list[dict[str, Any]]:
     """Each equivalence on a few of the rows, against the model's own forward pass response by response.
 
@@ -34,7 +42,8 @@ def examine(
         model: as it trains, in the compute precision, with its adapter.
         rows: of the batch, in the order of training.
         new_adapter: the adapter starts at zero, and the model without it is the reference.
-        ref: folder or hub name that the model was loaded from, by which the user's store of reference values knows it.
+        ref: folder or hub name that the model was loaded from, by which the store of reference values knows it.
+        store: as `reference.store` names it.
         packed: it was packed into 4 bits then.
 
     Returns:
@@ -63,7 +72,7 @@ def examine(
             "head in chunks = all logits at once", chunked, "" if chunked.head.plain else "the model's own head, in chunks"
         ),
         _stored(model, batch, chosen, dtype),
-        *_of_earlier_runs(model, batch, rows, dtype, new_adapter=new_adapter, ref=ref, packed=packed),
+        *_of_earlier_runs(model, batch, rows, dtype, open_store(store), new_adapter=new_adapter, ref=ref, packed=packed),
         # a reward model has no reference
         *([] if gives_scalars(model) else [_start(model, batch, chosen, dtype, new_adapter=new_adapter)]),
     ]
@@ -93,10 +102,17 @@ def _stored(model: Any, batch: Batch, rows: list[int], dtype: torch.dtype) -> di
 
 
 def _of_earlier_runs(
-    model: Any, batch: Batch, rows: Sequence[int], dtype: torch.dtype, *, new_adapter: bool, ref: str, packed: bool
+    model: Any,
+    batch: Batch,
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    store: Store | None,
+    *,
+    new_adapter: bool,
+    ref: str,
+    packed: bool,
 ) -> list[dict[str, Any]]:
-    """What the user's store has of these rows, against live values: no line where it has none. It is not made for this."""
-    store = open_store(None)
+    """What the store has of these rows, against live values: no line where it has none. It is not made for this."""
     if store is None or not store.path.is_file():
         return []
     with closing(store):
