@@ -57,7 +57,8 @@ def test_a_file_stands_apart_from_what_is_read(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(Refusal, match=f"{out} is read") as refused:
             folder.check_file_apart(Path(out), ["owner/name", read])
         assert (refused.value.code, refused.value.key) == ("out_is_input", "out")
-    for out in ("new.jsonl", "m/new.jsonl", "m2.json", "m"):
+    Path("m/page.html").touch()
+    for out in ("new.jsonl", "m/new.jsonl", "m/page.html", "m2.json", "m"):
         folder.check_file_apart(Path(out), ["m", "rows.jsonl", "no/such/*.jsonl"])
 
 

@@ -118,9 +118,11 @@ def choose_file(out: str, *, overwrite: bool) -> Path:
 
 
 def check_file_apart(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuses to write over a file that is read: one of these, or one in a folder of these. A new file may stand there."""
+    """Refuses to write over a file that is read: one of these, or one in a folder of these. A new file may stand there, and a
+    page, which nothing reads."""
     there = [path for path in (Path(given).expanduser() for given in inputs) if path.exists()]
-    if out.is_file() and any(out.samefile(path) or path.resolve() in out.resolve().parents for path in there):
+    within = out.resolve().parents if out.suffix != ".html" else ()
+    if out.is_file() and any(out.samefile(path) or path.resolve() in within for path in there):
         line = f"{out} is read, and would be written over: name another file"
         raise Refusal(line, code="out_is_input", key="out")
 
