@@ -625,7 +625,9 @@ def test_stopped_before_it_took_up_where_it_was(whole: Callable[[str], Path], tm
 
 
 @pytest.mark.parametrize("how", ["cut", "a folder", "another file"])
-def test_whatever_became_of_the_store_a_run_goes_on_with_its_own_values(how: str, place: Path, tmp_path: Path) -> None:
+def test_whatever_became_of_the_store_a_run_goes_on_with_its_own_values(
+    how: str, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
     store, own = tmp_path / "s.sqlite", [word for word in words("full", tmp_path / "run") if "store" not in word]
     with pytest.raises(Killed):
         train(resolve(TrainKeys, [*own, f"reference.store={store}"]), progress=at("train", 3))
@@ -635,7 +637,7 @@ def test_whatever_became_of_the_store_a_run_goes_on_with_its_own_values(how: str
         store.unlink()
         store.mkdir() if how == "a folder" else store.write_text("my own notes")
     go_on(tmp_path / "run")
-    assert same(tmp_path / "run", place / "whole-full") and (how != "another file" or store.read_text() == "my own notes")
+    assert same(tmp_path / "run", whole("full")) and (how != "another file" or store.read_text() == "my own notes")
 
 
 def test_the_lines_of_the_metrics_are_on_the_disk_before_the_checkpoint_of_their_step(
