@@ -254,8 +254,9 @@ def _brought_to_an_end(out: Path | None) -> Generator[Stop]:
 def _open_folder(out: Path, keys: TrainKeys, setup: Setup) -> dict[str, Any]:
     """What can be written before the first step; gives the environment back, which the end adds to."""
     files.write_text(out / "config.yaml", dump(keys))
-    environment = files.environment(setup.inputs, device=str(setup.model.device))
-    if setup.reopened and (first := files.read_json(out / "environment.json")):
+    first = files.read_json(out / "environment.json") if setup.reopened else None
+    environment = files.environment(() if first else setup.inputs, device=str(setup.model.device))
+    if first:  # its files were looked at already
         again = {"started": environment["started"], "versions": environment["versions"]}
         environment = first | {"resumed": [*first.get("resumed", []), again]}
     files.write_json(out / "environment.json", environment)
