@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import preftune
 from preftune import losses, methods
 from preftune.config import resolve
-from preftune.data.render import Batch, render
+from preftune.data.render import Batch, Rendered, render
 from preftune.errors import RunFailed
 from preftune.keys import TrainKeys
 from preftune.methods.pairs import Pairwise
@@ -30,10 +31,11 @@ from preftune.models.options import AdapterOptions
 from preftune.runs.doctor import expect
 from preftune.runs.train import train
 from preftune.scoring import head
+from preftune.scoring.head import KEPT
 from preftune.scoring.score import default_budget, passes, score
 from preftune.scoring.scorer import Scorer
 from preftune.training import estimate, memory, precision
-from preftune.training.estimate import BESIDE, Estimate, kept_bytes, pass_tokens
+from preftune.training.estimate import BESIDE, Estimate, enough_tokens, kept_bytes, largest_group, pass_tokens
 from preftune.training.gradient import Step, backward
 from preftune.training.method import ExampleScores
 from preftune.training.options import TrainOptions
@@ -154,10 +156,12 @@ def loss_of(scorer: Scorer, batch: Batch, rows: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "untied", "phi", "gemma2"])  # llama: tied
+@pytest.mark.parametrize("kept", [0, KEPT])
 def test_a_heads_blocks_add_up_to_the_gradient_that_autograd_adds_up(
-    name: str, dtype: torch.dtype, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    kept: int, name: str, dtype: torch.dtype, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over several micro-batches, and of a weight that is used twice both parts; outside, autograd has it as before."""
+    monkeypatch.setattr(head, "KEPT", kept)
     monkeypatch.setattr(head, "CPU_BLOCK", 500)
     monkeypatch.setattr(head, "PART", 40)
     monkeypatch.setattr(head, "FEWEST", 1)
@@ -219,6 +223,19 @@ def test_a_second_micro_batch_makes_no_tensor_as_large_as_the_weight(
             with Largest() as largest:
                 loss.backward()
         assert (largest.bytes < small) == (handed is own)
+
+
+@pytest.mark.parametrize("kept", [0, 30 * tiny.VOCABULARY - 1, 30 * tiny.VOCABULARY])
+def test_no_more_logits_are_held_than_may_be_kept(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("CPU_BLOCK", 400), ("FEWEST", 1), ("KEPT", kept)):
+        monkeypatch.setattr(head, name, size)
+    model = tiny.model("untied")
+    hidden, targets = torch.randn(30, 16, requires_grad=True), torch.arange(30)
+    for trained in (True, False):
+        own = head.Head(model.requires_grad_(trained))
+        with Largest() as largest:
+            own(hidden, targets).sum().backward()
+        assert (largest.bytes >= 4 * 30 * tiny.VOCABULARY) == (trained and kept == 30 * tiny.VOCABULARY)
 
 
 def test_a_run_hands_its_head_over(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,10 +434,11 @@ def test_where_counting_fails_the_budget_is_the_usual_one(
     monkeypatch.setattr(estimate, "kept_bytes", fails)
     found = Estimate.of(tiny.model(), torch.float32, best=False, reference=True)
     assert found.token_bytes is None and found.peak_bytes(100, [100]) is None
-    assert found.tokens(10**12) == found.tokens(None) == default_budget(tiny.model())
+    assert found.tokens(10**12, None) == found.tokens(None, 1024) == default_budget(tiny.model())
     (said,) = caplog.messages
     assert "memory per token is not known" in said and "too many values" in said
-    told = expect(tiny.model(), render(tiny.pairs(3), tokenizer), [[0, 1]], dtype=torch.float32, reference=True)
+    batch = render(tiny.pairs(3), tokenizer)
+    told = expect(tiny.model(), batch, methods.make("dpo"), [[0, 1]], dtype=torch.float32)
     assert told["memory_gb"] is None and told["tokens_per_microbatch"] == default_budget(tiny.model())
 
 
@@ -445,19 +463,42 @@ def test_kept_bytes_are_those_that_a_longer_pass_adds(name: str) -> None:
 
 def test_budgets_follow_the_free_memory() -> None:
     each = Estimate(
-        parameters=10, trained=10, fixed_bytes=10**9, late_bytes=10**8, token_bytes=10**6, operations=1.0, usual=1024
+        parameters=10,
+        trained=10,
+        fixed_bytes=10**9,
+        late_bytes=10**8,
+        token_bytes=10**6,
+        operations=1.0,
+        usual=1024,
+        scored_bytes=0,
     )
-    assert each.tokens(None) == 1024 and each.tokens(10**12) == estimate.LARGEST
-    assert each.tokens(10**8) == estimate.SMALLEST
+    assert each.tokens(None, None) == 1024 and each.tokens(10**12, None) == each.tokens(10**12, 10**9) == estimate.LARGEST
+    assert each.tokens(10**8, None) == each.tokens(10**8, 1000) == estimate.SMALLEST
+    assert each.tokens(10**12, 1000) == each.tokens(10**12, 1024) == 1024
     free = 5 * 10**9
-    assert each.tokens(free) % 256 == 0
-    budget = each.tokens(free)
+    assert each.tokens(free, None) % 256 == 0
+    budget = each.tokens(free, None)
     peak = each.peak_bytes(budget, [9 * budget, 10]) or 0
     assert 0.9 * free < peak / 0.8 < 1.2 * free and peak < free
     # in a step's only pass there is no gradient yet when the activations are most
     assert each.peak_bytes(budget, [budget]) == peak - 10**8
     assert each.peak_bytes(budget, [10]) == 10**9 + BESIDE  # too few to free that much
     assert each.peak_bytes(100, [101]) == 10**9 + 51 * 10**6 + BESIDE  # two about equal ones
+    # the softmax of a head that trains, as long as it is kept
+    trained = replace(each, scored_bytes=10**5)
+    assert trained.peak_bytes(100, [101]) == 10**9 + 51 * 10**6 + 51 * 10**5 + BESIDE
+    assert (trained.peak_bytes(10_000, [20_001]) or 0) == (each.peak_bytes(10_000, [20_001]) or 0) + 4 * KEPT
+
+
+def test_a_cpu_has_enough_tokens_where_no_group_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for threads, tokens in ((1, 1024), (2, 1024), (8, 4096)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert enough_tokens(cpu, 10, separable=True) == tokens
+    assert enough_tokens(cpu, 5000, separable=True) == 5000 and enough_tokens(cpu, 10, separable=False) is None
+    assert enough_tokens(torch.device("cuda"), 10, separable=True) is None
+    rows = [Rendered(g, r, tuple(range(4 + r)), 3) for g in range(2) for r in range(2 + g)]  # 3 + 1 + 2 (+ 3)
+    assert largest_group(rows) == 9 and largest_group(rows, before=5) == 14
 
 
 def test_free_memory_is_what_the_tighter_of_machine_and_container_leaves(tmp_path: Path) -> None:
@@ -506,7 +547,7 @@ def test_the_budget_is_recorded_and_weights_that_do_not_fit_are_refused(
         monkeypatch.setattr(estimate, "free_bytes", lambda device: 90_000)
         with pytest.raises(RunFailed, match=r"8,192 parameters, 8,192 of them trained, take 0\.000131 GB"):
             preftune.fit(tiny.model(), tokenizer, tiny.pairs(), out=tmp_path / "b", **keys)
-    assert f"tokens_per_microbatch: {estimate.LARGEST}" in (tmp_path / "a" / "config.yaml").read_text()
+    assert f"tokens_per_microbatch: {max(1024, 512 * torch.get_num_threads())}" in (tmp_path / "a" / "config.yaml").read_text()
     assert not (tmp_path / "b").exists()
 
 

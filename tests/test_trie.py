@@ -392,14 +392,18 @@ def test_scores_do_not_depend_on_the_budget_across_the_limit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 300, 2**25])
+@pytest.mark.parametrize("how", ["frozen", "kept", "again"])
 @pytest.mark.parametrize("name", ["phi", "untied", "gemma2", "cohere"])
-def test_chunked_equals_plain(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bias, untied, soft-capped and scaled heads, in blocks of one entry, of some, of all."""
+def test_chunked_equals_plain(name: str, how: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bias, untied, soft-capped and scaled heads, in blocks of one entry, of some, of all; frozen ones, and those that train
+    with their softmax kept for the backward pass, or made again."""
     from preftune.scoring import head
 
     monkeypatch.setattr(head, "CPU_BLOCK", block)
     monkeypatch.setattr(head, "FEWEST", 1)
+    monkeypatch.setattr(head, "KEPT", head.KEPT if how == "kept" else 0)
     model = tiny.model(name)
+    model.get_output_embeddings().requires_grad_(how != "frozen")
     plain = copy.deepcopy(model)
     sequences = [Rendered(0, n, (9, 30, *range(40, 43 + n)), 2) for n in range(3)]
     score = Scorer(model)

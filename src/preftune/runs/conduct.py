@@ -22,8 +22,10 @@ from preftune.runs.prepare import RenderedData
 if TYPE_CHECKING:
     import torch
 
+    from preftune.data.render import Batch
     from preftune.runs.job import Job, Progress, Run
     from preftune.scoring.store import Store
+    from preftune.training.method import Method
     from preftune.training.signals import Stop
 
 log = logging.getLogger("preftune")
@@ -155,7 +157,8 @@ def _job(setup: Setup) -> Job:
         require_sharing(model)
     if keys.train.checkpointing:
         check_recomputed(model, share=keys.train.shares)
-    keys = _with_budget(keys, model, dtype, passing=references.passing)
+    method = methods.make(keys.method, beta=keys.beta)
+    keys = _with_budget(keys, model, dtype, method, setup.rendered.train, passing=references.passing)
     stores = [Store(setup.out / "checkpoints" / OWN)] if setup.out else []
     stores += [references.store] if references.store else []
     stores = stores if processes.rank() == 0 else []
@@ -166,7 +169,7 @@ def _job(setup: Setup) -> Job:
         tokenizer=setup.tokenizer,
         train=setup.rendered.train,
         held=setup.rendered.held,
-        method=methods.make(keys.method, beta=keys.beta),
+        method=method,
         keys=keys,
         dtype=dtype,
         new_adapter=new_adapter,
@@ -205,20 +208,20 @@ def _trainable(setup: Setup, dtype: torch.dtype) -> tuple[Any, bool, Callable[[]
     return model, new_adapter, again
 
 
-def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: int) -> TrainKeys:
+def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, method: Method, batch: Batch, *, passing: int) -> TrainKeys:
     """With the token budget of a micro-batch that the free memory allows, where none is asked for."""
-    from preftune.training.estimate import Estimate, free_bytes
+    from preftune.models.adapters import virtual_tokens
+    from preftune.training.estimate import Estimate, enough_tokens, free_bytes, largest_group
 
     known = [free for free in processes.gathered(free_bytes(model.device)) if free is not None]
     free = min(known, default=None)
     best = bool(keys.train.eval_every) and keys.train.keep_best
-    reference, moving = methods.needs(keys.method).reference, bool(keys.reference.sync_steps)
     found = Estimate.of(
         model,
         dtype,
         best=best,
-        reference=reference,
-        moving=moving,
+        reference=method.needs_reference,
+        moving=bool(keys.reference.sync_steps),
         checkpointing=keys.train.checkpointing,
         optimizer=keys.train.optimizer,
         parts=processes.size() if keys.train.parallel == "fsdp" else 1,
@@ -233,7 +236,10 @@ def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: in
             )
     if keys.train.tokens_per_microbatch is not None:
         return keys
-    train = keys.train.model_copy(update={"tokens_per_microbatch": found.tokens(free)})
+    group = largest_group(batch.sequences, virtual_tokens(model))
+    own = enough_tokens(model.device, group, separable=method.separable)
+    enough = max(processes.gathered(own), key=lambda tokens: tokens or 0)  # the same for all: they may have other threads
+    train = keys.train.model_copy(update={"tokens_per_microbatch": found.tokens(free, enough)})
     return keys.model_copy(update={"train": train})
 
 

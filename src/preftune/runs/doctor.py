@@ -22,7 +22,8 @@ from preftune.scoring.score import score_logp
 from preftune.scoring.scorer import Scorer, Wrong, cannot_share
 from preftune.scoring.selfcheck import TOLERANCE, VALUES, Difference, check_start, difference, few, one_by_one, shortened
 from preftune.scoring.store import Store, Stored, open_store
-from preftune.training.estimate import Estimate, free_bytes, matrix_rate, pass_tokens
+from preftune.training.estimate import Estimate, enough_tokens, free_bytes, largest_group, matrix_rate, pass_tokens
+from preftune.training.method import Method
 
 
 def examine(
@@ -53,7 +54,7 @@ def examine(
     sequences = shortened(model, [batch.sequences[row] for row in chosen])
     shared, padded, chunked = Scorer(model), Scorer(model, share=False), Scorer(model)
     if isinstance(chunked.head, Head):
-        chunked.head.entries = 1  # the fewest rows at once
+        chunked.head.entries, chunked.head.kept = 1, 0  # the fewest rows at once, and again in the backward pass
 
     def by(scorer: Scorer) -> Callable[[Sequence[Rendered]], Tensor]:
         return lambda rows: scorer(rows).logp
@@ -149,7 +150,7 @@ def _start(model: Any, batch: Batch, rows: list[int], dtype: torch.dtype, *, new
     return _line(name, worst <= TOLERANCE[dtype], None) | {"values": worst}
 
 
-def expect(model: Any, batch: Batch, steps: Sequence[Sequence[int]], *, dtype: torch.dtype, reference: bool) -> dict[str, Any]:
+def expect(model: Any, batch: Batch, method: Method, steps: Sequence[Sequence[int]], *, dtype: torch.dtype) -> dict[str, Any]:
     """Tokens, memory and time of a run whose steps need these rows, each once.
 
     Returns:
@@ -160,10 +161,11 @@ def expect(model: Any, batch: Batch, steps: Sequence[Sequence[int]], *, dtype: t
     sizes = [pass_tokens(batch.sequences, rows, shares=True, before=before) for rows in steps]
     alone = sum(before + len(batch.sequences[row].ids) for rows in steps for row in rows)
     tokens = sum(sizes) if shares else alone
-    found = Estimate.of(model, dtype, best=False, reference=reference)
+    found = Estimate.of(model, dtype, best=False, reference=method.needs_reference)
     free = free_bytes(device)
+    enough = enough_tokens(device, largest_group(batch.sequences, before), separable=method.separable)
     # the model is there already, and a part of what the run will hold
-    budget = found.tokens(None if free is None else free + sum(p.nbytes for p in model.parameters()))
+    budget = found.tokens(None if free is None else free + sum(p.nbytes for p in model.parameters()), enough)
     peak = found.peak_bytes(budget, sizes)
     return {
         "steps": len(steps),

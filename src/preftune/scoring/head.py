@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from preftune.models.adapters import gives_scalars
 # float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold
 BLOCK, CPU_BLOCK = 2**25, 2**20
 PART = 2**23  # entries of a product that is added to a tensor of another precision
+KEPT = 2**26  # entries of a softmax that a trained head keeps for its backward pass: 256 MiB
 FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
 
 log = logging.getLogger("preftune")
@@ -60,7 +61,7 @@ class Head:
             self.body = self.shell = None
         weight = getattr(self.output, "weight", None)
         device = next(model.parameters()).device if weight is None else weight.device
-        self.entries = CPU_BLOCK if device.type == "cpu" else BLOCK
+        self.entries, self.kept = CPU_BLOCK if device.type == "cpu" else BLOCK, KEPT
         # gives the tensor that a plain head's weight gradient is added to in the backward pass; None: autograd gets it
         self.into: Callable[[], Tensor] | None = None
         if not self.plain and model not in _SAID:
@@ -87,8 +88,7 @@ class Head:
             [N] nats, float32; the log-softmax is taken in float32 whatever the model's precision.
         """
         if self.plain:
-            weight, bias = self.output.weight, self.output.bias  # hidden states may be float32 beside a bfloat16 head
-            return _LinearLogp.apply(hidden.to(weight.dtype), weight, bias, targets, self.entries, self.into)  # pyright: ignore
+            return self._of_product(hidden.to(self.output.weight.dtype), targets)  # they may be float32 beside a bfloat16 head
         parts: list[Tensor] = []
         rows = self._rows(hidden)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -111,6 +111,14 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V], by the model's own forward. Of a model whose backbone cannot be told apart, `hidden` are its logits."""
         return hidden if self.shell is None else self.shell(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+    def _of_product(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        weight, bias, graph = self.output.weight, self.output.bias, torch.is_grad_enabled()
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if graph and hidden.requires_grad and not trained:
+            return _FrozenLogp.apply(hidden, weight, bias, targets, self.entries)  # pyright: ignore
+        keeps = graph and trained and len(hidden) * len(weight) <= self.kept
+        return _LinearLogp.apply(hidden, weight, bias, targets, self.entries, keeps, self.into)  # pyright: ignore
 
     def _logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(hidden).float()
@@ -203,8 +211,34 @@ def _block(others: int, entries: int) -> int:
     return max(FEWEST, entries // others)
 
 
+class _FrozenLogp(Function):
+    """log softmax(W h + b)[target], one row per token, of a W and b that take no gradient.
+
+    d logp / d h = W[target] - p W [D] does not depend on the gradient of logp: it is made in the forward pass, where the logits
+    are at hand, and is all that is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, entries: int) -> Tensor:
+        logp, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
+        for rows, logits, log_p in _blocks(hidden, weight, bias, entries):
+            at = targets[rows, None]
+            logp[rows] = log_p.gather(-1, at).squeeze(-1)
+            gradient = torch.exp(log_p, out=logits).neg_()
+            gradient.scatter_add_(-1, at, torch.ones_like(at, dtype=gradient.dtype))
+            torch.mm(gradient.to(weight.dtype), weight, out=slope[rows])
+        ctx.save_for_backward(slope)
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (gradients[0][:, None].float() * slope).to(slope.dtype), None, None, None, None
+
+
 class _LinearLogp(Function):
-    """log softmax(W h + b)[target], one row per token. Saved for the backward pass: one float per row, not V.
+    """log softmax(W h + b)[target], one row per token. Saved for the backward pass: log p [N, V] where that is little enough,
+    else one float per row, and the logits are computed again.
 
     d logp / d logits = onehot(target) - p, so with the gradient g [N] of logp and G = g * (onehot - p) [N, V]:
     d h = G W, d W = G^T h, d b = sum(G).
@@ -218,25 +252,22 @@ class _LinearLogp(Function):
         bias: Tensor | None,
         targets: Tensor,
         entries: int,
+        keeps: bool,
         into: Callable[[], Tensor] | None,
     ) -> Tensor:
-        rows = min(_block(len(weight), entries), max(1, len(hidden)))
         logp, log_z = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
-        space, other = (_Space(rows * len(weight), hidden) for _ in range(2))
-        for h, t, p, z in zip(*(each.split(rows) for each in (hidden, targets, logp, log_z)), strict=True):
-            logits = space.product(h, weight, bias)
-            at = logits.gather(-1, t[:, None]).squeeze(-1)
-            # one pass over each row; logsumexp takes four, with a copy of all rows
-            log_p = torch.log_softmax(logits, -1, out=other.of(logits.shape))
-            p.copy_(log_p.gather(-1, t[:, None]).squeeze(-1))
-            z.copy_(at - p)
+        kept = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32) if keeps else None
+        for rows, logits, log_p in _blocks(hidden, weight, bias, entries, kept):
+            at = targets[rows, None]
+            logp[rows] = log_p.gather(-1, at).squeeze(-1)
+            log_z[rows] = logits.gather(-1, at).squeeze(-1) - logp[rows]
         ctx.entries, ctx.into = entries, into
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z, kept)
         return logp
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, bias, targets, log_z = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_z, kept = ctx.saved_tensors
         for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
         g = gradients[0][:, None].float()
         # blocks of the vocabulary, each with all rows: a row of W then gets its whole gradient in one product
@@ -248,24 +279,43 @@ class _LinearLogp(Function):
         d_bias = torch.empty_like(bias) if for_bias else None
         space = _Space(len(hidden) * min(columns, len(weight)), hidden)
         for first in range(0, len(weight), columns):
-            w, b = weight[first : first + columns], None if bias is None else bias[first : first + columns]
-            logits = space.product(hidden, w, b)
-            gradient = (torch.softmax(logits, -1) if whole else logits.sub_(log_z[:, None]).exp_()).mul_(-g)
+            block = slice(first, first + columns)
+            w, b = weight[block], None if bias is None else bias[block]
+            if kept is not None:
+                log_p = kept[:, block]
+                gradient = torch.exp(log_p, out=space.of(log_p.shape)).mul_(-g)
+            else:
+                logits = space.product(hidden, w, b)
+                gradient = (torch.softmax(logits, -1) if whole else logits.sub_(log_z[:, None]).exp_()).mul_(-g)
             inside = (targets >= first) & (targets < first + columns)
             places = inside.nonzero().flatten()
             gradient[places, targets[places] - first] += g[places, 0]
             if d_bias is not None:
-                d_bias[first : first + columns] = gradient.sum(0)
+                d_bias[block] = gradient.sum(0)
             gradient = gradient.to(hidden.dtype)
             if for_hidden and whole:
                 d_hidden = gradient @ w
             elif d_hidden is not None:
                 _add_product(d_hidden, gradient, w)
             if d_weight is not None:
-                torch.mm(gradient.T, hidden, out=d_weight[first : first + columns])
+                torch.mm(gradient.T, hidden, out=d_weight[block])
             if into is not None:
-                _add_product(into[first : first + columns], gradient.T, hidden)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None
+                _add_product(into[block], gradient.T, hidden)
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
+
+
+def _blocks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: int, into: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Block after block: which rows, their logits, the logarithm of their softmax. Both have their place until the next block;
+    `into` [N, V]: a place for the logarithms of all rows."""
+    rows = min(_block(len(weight), entries), max(1, len(hidden)))
+    space, other = (_Space(size, hidden) for size in (rows * len(weight), rows * len(weight) * (into is None)))
+    for first in range(0, len(hidden), rows):
+        block = slice(first, first + rows)
+        logits = space.product(hidden[block], weight, bias)
+        # one pass over each row; logsumexp takes four, with a copy of all rows
+        yield block, logits, torch.log_softmax(logits, -1, out=other.of(logits.shape) if into is None else into[block])
 
 
 class _Space:

@@ -19,7 +19,7 @@ from preftune.data.render import Rendered
 from preftune.models.adapters import inside, virtual_tokens
 from preftune.models.load import max_positions
 from preftune.models.weights import count, frozen_bytes
-from preftune.scoring.head import backbone
+from preftune.scoring.head import KEPT, backbone
 from preftune.scoring.score import default_budget
 from preftune.training.optimizers import state_bytes
 from preftune.training.options import Optimizer
@@ -27,6 +27,7 @@ from preftune.training.options import Optimizer
 log = logging.getLogger("preftune")
 
 LARGEST, SMALLEST = 16_384, 256  # tokens of a micro-batch: more makes no step faster, fewer makes it slower than it need be
+ENOUGH = 512  # for each thread of a CPU, of at least two: more made no step faster there (docs/log.md)
 SHARE = 0.8  # of the free memory that activations may take: the allocator's gaps, and what other programs do meanwhile
 # bytes: three blocks of float32 logits on a GPU. On the CPU blocks are small; there it is what is imported on the way, and
 # what glibc keeps without using it again
@@ -44,7 +45,8 @@ class Estimate:
     parameters, trained: of the model. fixed_bytes: weights, gradients and the optimizer's state. late_bytes: of these, the
     gradients that are made while the backward pass frees activations: all but the head's. token_bytes: activations per token of
     a micro-batch; None: they could not be counted. operations: per token of a training step, with a reference's forward pass
-    where there is one. usual: the token budget where nothing says how much memory there is.
+    where there is one. usual: the token budget where nothing says how much memory there is. scored_bytes: per scored token, of
+    the softmax that a trained head keeps.
     """
 
     parameters: int
@@ -54,6 +56,7 @@ class Estimate:
     token_bytes: int | None
     operations: float
     usual: int
+    scored_bytes: int
 
     @classmethod
     def of(
@@ -82,6 +85,7 @@ class Estimate:
         trained, state = sum(map(count, training)), sum(state_bytes(optimizer, p.shape) for p in training)
         head = model.get_output_embeddings()
         first = sum(count(p) for p in head.parameters() if p.requires_grad) if head is not None else 0
+        weight = getattr(head, "weight", None)
         frozen = sum(frozen_bytes(p, dtype) for p in model.parameters() if not p.requires_grad)
         # multiply and add, forward; twice that backward, half of it where frozen weights take no gradient of their own
         passes = 1 + (2 if trained == total else 1) + reference + checkpointing
@@ -103,6 +107,7 @@ class Estimate:
             token_bytes=token_bytes,
             operations=2.0 * _multiplied(model) * passes,
             usual=usual,
+            scored_bytes=4 * len(weight) if weight is not None and weight.requires_grad else 0,
         )
 
     def seconds(self, tokens: int, rate: float) -> float:
@@ -118,17 +123,20 @@ class Estimate:
 
         def passing(size: int) -> int:
             passes = math.ceil(size / budget)
-            kept = each * math.ceil(size / passes)
+            longest = math.ceil(size / passes)
+            kept = each * longest + min(self.scored_bytes * longest, 4 * KEPT)
             return kept - min(self.late_bytes, kept) * (passes == 1)
 
         return self.fixed_bytes + max(map(passing, sizes)) + BESIDE
 
-    def tokens(self, free: int | None) -> int:
-        """The token budget for so much memory, of which nothing is taken yet: a multiple of 256, at most 16,384."""
+    def tokens(self, free: int | None, enough: int | None) -> int:
+        """The token budget for so much memory, of which nothing is taken yet: a multiple of 256, at most 16,384, and hardly
+        more than is enough (`enough_tokens`)."""
         if free is None or self.token_bytes is None:
             return self.usual
         fitting = int((SHARE * (free - self.fixed_bytes) - BESIDE) / max(1, self.token_bytes))
-        return max(SMALLEST, min(LARGEST, fitting // SMALLEST * SMALLEST))
+        most = LARGEST if enough is None else min(LARGEST, math.ceil(enough / SMALLEST) * SMALLEST)
+        return max(SMALLEST, min(most, fitting // SMALLEST * SMALLEST))
 
 
 def trained_bytes(trained: int, dtype: torch.dtype, *, best: bool, moving: bool = False) -> int:
@@ -183,6 +191,13 @@ def _multiplied(model: nn.Module) -> int:
     head, table = (getattr(m, "weight", None) for m in (inner.get_output_embeddings(), inner.get_input_embeddings()))
     tied = head.numel() if head is not None and head is table else 0
     return sum(count(p) for p in model.parameters()) - tables + tied
+
+
+def enough_tokens(device: torch.device, group: int, *, separable: bool) -> int | None:
+    """Tokens of a micro-batch beyond which a larger one makes no step faster: on a CPU some for each thread, and those of the
+    largest `group`, whose prompt would be computed again in every part of it. None: as many as there is memory for, on an
+    accelerator, and where a loss that is not `separable` would take two passes through the parts of a step."""
+    return max(ENOUGH * max(2, torch.get_num_threads()), group) if device.type == "cpu" and separable else None
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -250,6 +265,14 @@ def _left(folder: Path, limit: str, use: str, cached: str) -> int | None:
         return most - used + int(counts.get(cached, 0)) if most < _NO_LIMIT else None
     except (OSError, ValueError):  # "max" is version 2's word for no limit
         return None
+
+
+def largest_group(sequences: Sequence[Rendered], before: int = 0) -> int:
+    """Tokens of the largest group with all its responses. `before`: virtual tokens."""
+    groups: dict[int, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        groups.setdefault(sequence.group, []).append(row)
+    return max(pass_tokens(sequences, rows, shares=True, before=before) for rows in groups.values())
 
 
 def pass_tokens(sequences: Sequence[Rendered], rows: Sequence[int], *, shares: bool, before: int = 0) -> int:
