@@ -17,7 +17,7 @@ import preftune
 
 SOURCE = Path(preftune.__file__).parent
 FLOORS = (
-    ("losses", "report", "records", "errors", "functions", "processes"),
+    ("losses", "report", "records", "errors", "aside", "functions", "processes"),
     ("data", "labels", "models"),
     ("scoring",),
     ("training", "generation"),
@@ -45,7 +45,7 @@ STEPS = {
 # besides the standard library and preftune itself
 ALONE = {"losses": {"torch"}, "labels": {"numpy", "scipy"}}
 HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "safetensors", "tokenizers"}
-LIGHT = ("report", "records", "errors", "keys", "config", "config_errors", "config_files")
+LIGHT = ("report", "records", "errors", "aside", "keys", "config", "config_errors", "config_files")
 
 
 def rooms(source: Path) -> Iterator[tuple[str, str, Path]]:

@@ -6,13 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from preftune.cli.common import check_out
+from preftune.cli.common import choose_out
 from preftune.cli.console import Watch
 from preftune.config import resolve
 from preftune.data.options import Source
 from preftune.errors import Refusal
 from preftune.keys import CheckKeys
-from preftune.runs import folder as files
 
 log = logging.getLogger("preftune")
 
@@ -25,9 +24,8 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     sources = [Source(path=place) for place in places] or keys.data.sources
     if not sources:
         raise Refusal("check takes data: preftune check DATA ...", code="usage")
-    if keys.out:
-        check_out(keys.out, [*words, *(source.path for source in keys.eval_data)], keys.data, model=keys.model)
-    out = files.choose_file(keys.out, overwrite=keys.overwrite) if keys.out else None
+    read = [*words, *(source.path for source in keys.eval_data)]
+    out = choose_out(keys.out, read, keys.data, overwrite=keys.overwrite, model=keys.model) if keys.out else None
     from preftune.report import checked as page
     from preftune.runs.check import examine
 

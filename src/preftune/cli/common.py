@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from preftune.records import Group
 
 
-def check_out(out: str, words: Iterable[str], options: DataOptions, **models: str | None) -> None:
-    """Refuses to write over what a verb reads: its files among the words, its data, their template, and its models by key."""
+def choose_out(out: str, words: Iterable[str], options: DataOptions, *, overwrite: bool, **models: str | None) -> Path:
+    """The file that a verb writes. Refuses one that it reads, whatever `overwrite` says: its files among the words, its data,
+    their template, and its models by key."""
     read = [word for word in words if "=" not in word]
     read += [*(source.path for source in options.sources), *([options.template] if options.template else [])]
     read += [resolve(ref, key) for key, ref in models.items() if ref]
     files.check_file_apart(Path(out), read)
+    return files.choose_file(out, overwrite=overwrite)
 
 
 @dataclass

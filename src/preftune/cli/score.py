@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from preftune.cli.common import check_out, open_data
+from preftune.cli.common import choose_out, open_data
 from preftune.cli.console import Watch
 from preftune.config import resolve
 from preftune.errors import Refusal
@@ -23,8 +23,8 @@ log = logging.getLogger("preftune")
 
 def run(words: list[str], as_json: bool) -> dict[str, Any]:
     keys = resolve(ScoreKeys, words)
-    check_out(keys.out, words, keys.data, model=keys.model, reference=keys.reference.model)
-    out = files.choose_file(keys.out, overwrite=keys.overwrite)
+    models = {"model": keys.model, "reference": keys.reference.model}
+    out = choose_out(keys.out, words, keys.data, overwrite=keys.overwrite, **models)
     data = open_data(keys.model, keys.data, keys, reference=keys.reference.model, check=_check_answers)
     policy, reference = data.models()
     with Watch() as watch:

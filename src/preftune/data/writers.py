@@ -6,12 +6,12 @@ import csv
 import gzip
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from preftune.aside import written_aside
 from preftune.data.dialogue import is_list, is_object
 from preftune.data.readers import kind_of
 from preftune.errors import Refusal
@@ -28,10 +28,8 @@ def check_ending(path: Path) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes rows aside, and puts the file in its place once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    try:
+    """The file stands in its place once it is whole."""
+    with written_aside(path) as aside:
         if kind_of(path) == "parquet":
             _parquet(aside, path, rows)
         else:
@@ -40,9 +38,6 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
                 binary: Any = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if packed else file
                 with TextIOWrapper(binary, encoding="utf-8", newline="") as out:
                     _TEXT[kind_of(path)](out, path, rows)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _json(row: Row) -> str:

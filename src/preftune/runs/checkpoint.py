@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from preftune.aside import written_aside
 from preftune.errors import Refusal, RunFailed
 from preftune.runs import folder as files
 from preftune.training.state import Saved
@@ -167,12 +168,10 @@ def damage(folder: Path) -> str | None:
         return f"has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    if isinstance(found, int) and (found > FORMAT or (found < SEALED and "sha256" not in manifest)):
-        newer = "newer_checkpoint", "a newer", "update it"
-        older = "older_checkpoint", "an older", "begin the run anew"
-        code, by, then = newer if found > FORMAT else older
-        line = f"{folder} is of format {found}, written by {by} preftune; this one reads {FORMAT}: {then}"
-        raise Refusal(line, code=code, key="resume")
+    if isinstance(found, int) and found > FORMAT:
+        raise _of_another_version(folder, found, "newer_checkpoint", "a newer", "update it")
+    if isinstance(found, int) and found < SEALED and "sha256" not in manifest:
+        raise _of_another_version(folder, found, "older_checkpoint", "an older", "begin the run anew")
     if not sealed or found != FORMAT:
         return f"{MANIFEST} is damaged"
     for name, expected in manifest["files"].items():
@@ -184,6 +183,11 @@ def damage(folder: Path) -> str | None:
         if _sum(path) != expected:
             return f"{name} is damaged (its checksum differs)"
     return None
+
+
+def _of_another_version(folder: Path, found: int, code: str, by: str, then: str) -> Refusal:
+    line = f"{folder} is of format {found}, written by {by} preftune; this one reads {FORMAT}: {then}"
+    return Refusal(line, code=code, key="resume")
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -198,14 +202,8 @@ def load(folder: Path) -> Saved:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     """One file of tensors, aside and then renamed: a link to the one that was there keeps what that held."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with written_aside(path) as aside:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
-    except Exception:
-        aside.unlink(missing_ok=True)
-        raise
-    os.replace(aside, path)
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,31 +65,31 @@ def keys_of_run(folder: Path) -> TrainKeys:
         raise
 
 
-def check_files(folder: Path) -> None:
-    """Refuses a run of which a file that it was begun with is not what it was."""
-    if (known := _begun_with(folder)) is None:
+def check_files(folder: Path) -> dict[str, str] | None:
+    """Refuses a run of which a file that it was begun with is not what it was.
+
+    Returns:
+        The checksums of these files; None: they cannot be read, which is said.
+    """
+    known: dict[str, str] | None = (files.read_json(folder / "environment.json") or {}).get("sha256")
+    if known is None:
         log.warning(f"{folder / 'environment.json'} cannot be read: whether data and models are what they were is not known")
-        return
+        return None
     for path, digest in known.items():
         if not Path(path).is_file():
             raise Refusal(f"{folder} was begun with this file, which is not there", code="missing_file", file=path)
         if files.sha256(Path(path)) != digest:
             line = f"has changed since {folder} was begun with it: start a new run, or put the old file back"
             raise Refusal(line, code="changed_file", file=path)
+    return known
 
 
-def check_no_more(folder: Path, inputs: Iterable[Path]) -> None:
-    """Refuses a run whose folders of data or models have a file more than they had."""
-    known = _begun_with(folder)
+def check_no_more(folder: Path, known: Container[str], inputs: Iterable[Path]) -> None:
+    """Refuses a run whose folders of data or models have a file more than those `known`, which it was begun with."""
     for path in inputs:
-        if known is not None and str(path) not in known:
+        if str(path) not in known:
             line = f"{folder} was begun without this file: start a new run, or take it away"
             raise Refusal(line, code="changed_file", file=str(path))
-
-
-def _begun_with(folder: Path) -> dict[str, str] | None:
-    """The checksums of its files; None: they cannot be read."""
-    return (files.read_json(folder / "environment.json") or {}).get("sha256")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -61,8 +61,9 @@ def _setup(keys: TrainKeys, config: Path | None, progress: Progress | None) -> S
     reopened = Path(keys.resume) if keys.resume else None
     named = [found.model, found.reference, *(source.path for source in (*keys.data.sources, *keys.eval_data))]
     if reopened:  # whatever became of the store since, it goes on with the values of its own
-        check_files(reopened)
+        known = check_files(reopened)
     else:
+        known = None
         files.choose_out(keys.out, "run", overwrite=keys.overwrite)
         check_place(keys.reference.store, filter(None, named), keys.out)
     data = read_data(keys.data.sources, keys.data, keys.eval_data, keys.method)
@@ -71,8 +72,8 @@ def _setup(keys: TrainKeys, config: Path | None, progress: Progress | None) -> S
     read_from = [found.model, found.reference, *(source["path"] for reading in data.readings for source in reading.sources)]
     files.check_apart(out, [Path(path) for path in read_from if path])
     inputs = files.inputs(*filter(None, read_from))
-    if reopened:
-        check_no_more(reopened, inputs)
+    if reopened and known is not None:
+        check_no_more(reopened, known, inputs)
     tokenizer, rendered, limit = _rendered(keys, found, data)
     faster = rate_factor(keys.adapter, adapter=found.adapter, virtual=found.virtual)
     keys = resolved(keys, data.method, out, limit, faster=faster)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from preftune.aside import written_aside
+
 WANDB_RUN = "wandb.json"  # in the run folder: which run of Weights & Biases it is, and the last step that is logged there
 # no crash reports, no hand on the terminal, no banner
 QUIET = {"WANDB_ERROR_REPORTING": "false", "WANDB_CONSOLE": "off", "WANDB_SILENT": "true"}
@@ -69,9 +71,8 @@ class WandB:
             return
         self.run.log(_figures(line), step=line["step"])
         self.logged = line["step"]
-        aside = self.place.with_name(self.place.name + ".tmp")
-        aside.write_text(json.dumps({"id": self.id, "step": self.logged}), encoding="utf-8")
-        os.replace(aside, self.place)
+        with written_aside(self.place) as aside:
+            aside.write_text(json.dumps({"id": self.id, "step": self.logged}), encoding="utf-8")
 
     def close(self) -> None:
         self.run.finish()
