@@ -30,8 +30,9 @@ from preftune.training.precision import Weights
 from preftune.training.steps import Plan, begin, steps
 
 BETA = 0.3
-CASES = [(method, adapter) for method in ("dpo", "kto", "sft") for adapter in ("none", "lora")]
-CASES += [("aot", "none")]  # its loss is over the whole batch, and takes two passes
+CASES = [(method, adapter, "auto") for method in ("dpo", "kto", "sft") for adapter in ("none", "lora")]
+CASES += [("aot", "none", "auto")]  # its loss is over the whole batch, and takes two passes
+CASES += [("dpo", "none", "off")]  # a prompt with every answer
 SIZES = (3, 1, 2, 4, 1, 3, 2, 3, 1, 4)  # examples of each step: of one, the second process has nothing to do
 
 
@@ -46,7 +47,7 @@ class Watched(torch.optim.SGD):
         return super().step(*args, **kwargs)
 
 
-def case(name: str, adapter: str, *, in_parts: bool) -> dict[str, Tensor]:
+def case(name: str, adapter: str, sharing: Any, *, in_parts: bool) -> dict[str, Tensor]:
     model = tiny.model(seed=0)
     if adapter == "lora":
         model = add_adapter(model, AdapterOptions(type="lora", dropout=0.0), seed=0)
@@ -64,7 +65,7 @@ def case(name: str, adapter: str, *, in_parts: bool) -> dict[str, Tensor]:
     places = [range(n, n + size) for n, size in enumerate(SIZES)]
     batches = tuple((0, tuple(examples[place % len(examples)] for place in own)) for own in places)
     # so few tokens that most processes have several micro-batches
-    options = TrainOptions(tokens_per_microbatch=40, warmup=0.0, schedule="constant", max_grad_norm=1e9)
+    options = TrainOptions(tokens_per_microbatch=40, sharing=sharing, warmup=0.0, schedule="constant", max_grad_norm=1e9)
     the_plan = Plan(batches, 1e-2, options)
     weights = Weights(model, torch.float32, in_parts=in_parts)
     before = [whole(master).clone() for master in weights.masters]
@@ -83,11 +84,13 @@ def main() -> None:
     out = Path(sys.argv[1])
     with processes.joined():
         for in_parts in (False, True):
-            for name, adapter in CASES:
-                found = case(name, adapter, in_parts=in_parts)
+            for name, adapter, sharing in CASES:
+                found = case(name, adapter, sharing, in_parts=in_parts)
                 if processes.rank() == 0:
                     how = "fsdp" if in_parts else "replicate"
-                    save_file({k: v.contiguous() for k, v in found.items()}, out / f"{name}-{adapter}-{how}.safetensors")
+                    save_file(
+                        {k: v.contiguous() for k, v in found.items()}, out / f"{name}-{adapter}-{sharing}-{how}.safetensors"
+                    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import preftune
 from preftune import losses, methods
 from preftune.config import resolve
-from preftune.data.render import Batch, Rendered, render
+from preftune.data.render import Batch, render
 from preftune.errors import RunFailed
 from preftune.keys import TrainKeys
 from preftune.methods.pairs import Pairwise
@@ -30,12 +30,11 @@ from preftune.models.adapters import adapter_dropout_on, add_adapter
 from preftune.models.options import AdapterOptions
 from preftune.runs.doctor import expect
 from preftune.runs.train import train
-from preftune.scoring import head
-from preftune.scoring.head import KEPT
+from preftune.scoring import head, product
 from preftune.scoring.score import default_budget, passes, score
 from preftune.scoring.scorer import Scorer
 from preftune.training import estimate, memory, precision
-from preftune.training.estimate import BESIDE, Estimate, enough_tokens, kept_bytes, largest_group, pass_tokens
+from preftune.training.estimate import BESIDE, Estimate, kept_bytes, pass_tokens
 from preftune.training.gradient import Step, backward
 from preftune.training.method import ExampleScores
 from preftune.training.options import TrainOptions
@@ -156,15 +155,15 @@ def loss_of(scorer: Scorer, batch: Batch, rows: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "untied", "phi", "gemma2"])  # llama: tied
-@pytest.mark.parametrize("kept", [0, KEPT])
+@pytest.mark.parametrize("kept", [0, product.KEPT])
 def test_a_heads_blocks_add_up_to_the_gradient_that_autograd_adds_up(
     kept: int, name: str, dtype: torch.dtype, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over several micro-batches, and of a weight that is used twice both parts; outside, autograd has it as before."""
-    monkeypatch.setattr(head, "KEPT", kept)
-    monkeypatch.setattr(head, "CPU_BLOCK", 500)
-    monkeypatch.setattr(head, "PART", 40)
-    monkeypatch.setattr(head, "FEWEST", 1)
+    monkeypatch.setattr(product, "KEPT", kept)
+    monkeypatch.setattr(product, "CPU_BLOCK", 500)
+    monkeypatch.setattr(product, "PART", 40)
+    monkeypatch.setattr(product, "FEWEST", 1)
     monkeypatch.setattr(precision, "_PART", 100)
     batch = render(tiny.pairs(6), tokenizer)
     cuts = [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11]]
@@ -209,7 +208,7 @@ def test_a_second_micro_batch_makes_no_tensor_as_large_as_the_weight(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, size in (("CPU_BLOCK", 800), ("PART", 800), ("FEWEST", 1)):
-        monkeypatch.setattr(head, name, size)
+        monkeypatch.setattr(product, name, size)
     weights = Weights(tiny.model("untied"), dtype)
     own = head.Head(weights.compute)
     hidden, targets = torch.randn(30, 16, dtype=dtype, requires_grad=True), torch.arange(30)
@@ -228,7 +227,7 @@ def test_a_second_micro_batch_makes_no_tensor_as_large_as_the_weight(
 @pytest.mark.parametrize("kept", [0, 30 * tiny.VOCABULARY - 1, 30 * tiny.VOCABULARY])
 def test_no_more_logits_are_held_than_may_be_kept(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("CPU_BLOCK", 400), ("FEWEST", 1), ("KEPT", kept)):
-        monkeypatch.setattr(head, name, size)
+        monkeypatch.setattr(product, name, size)
     model = tiny.model("untied")
     hidden, targets = torch.randn(30, 16, requires_grad=True), torch.arange(30)
     for trained in (True, False):
@@ -240,13 +239,13 @@ def test_no_more_logits_are_held_than_may_be_kept(kept: int, monkeypatch: pytest
 
 def test_a_run_hands_its_head_over(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, seen = render(tiny.pairs(4), tokenizer), list[bool]()
-    right = head._LinearLogp.backward
+    right = product.LinearLogp.backward
 
     def watched(ctx: Any, *gradients: Tensor) -> Any:
         seen.append(ctx.into is not None)
         return right(ctx, *gradients)
 
-    monkeypatch.setattr(head._LinearLogp, "backward", staticmethod(watched))
+    monkeypatch.setattr(product.LinearLogp, "backward", staticmethod(watched))
     run_steps(model, batch, 100)
     assert len(seen) > 3 and all(seen)
 
@@ -434,11 +433,11 @@ def test_where_counting_fails_the_budget_is_the_usual_one(
     monkeypatch.setattr(estimate, "kept_bytes", fails)
     found = Estimate.of(tiny.model(), torch.float32, best=False, reference=True)
     assert found.token_bytes is None and found.peak_bytes(100, [100]) is None
-    assert found.tokens(10**12, None) == found.tokens(None, 1024) == default_budget(tiny.model())
+    assert found.tokens(10**12) == found.tokens(None) == default_budget(tiny.model())
     (said,) = caplog.messages
     assert "memory per token is not known" in said and "too many values" in said
     batch = render(tiny.pairs(3), tokenizer)
-    told = expect(tiny.model(), batch, methods.make("dpo"), [[0, 1]], dtype=torch.float32)
+    told = expect(tiny.model(), batch, [[0, 1]], dtype=torch.float32, reference=True)
     assert told["memory_gb"] is None and told["tokens_per_microbatch"] == default_budget(tiny.model())
 
 
@@ -472,12 +471,11 @@ def test_budgets_follow_the_free_memory() -> None:
         usual=1024,
         scored_bytes=0,
     )
-    assert each.tokens(None, None) == 1024 and each.tokens(10**12, None) == each.tokens(10**12, 10**9) == estimate.LARGEST
-    assert each.tokens(10**8, None) == each.tokens(10**8, 1000) == estimate.SMALLEST
-    assert each.tokens(10**12, 1000) == each.tokens(10**12, 1024) == 1024
+    assert each.tokens(None) == 1024 and each.tokens(10**12) == estimate.LARGEST
+    assert each.tokens(10**8) == estimate.SMALLEST
     free = 5 * 10**9
-    assert each.tokens(free, None) % 256 == 0
-    budget = each.tokens(free, None)
+    assert each.tokens(free) % 256 == 0
+    budget = each.tokens(free)
     peak = each.peak_bytes(budget, [9 * budget, 10]) or 0
     assert 0.9 * free < peak / 0.8 < 1.2 * free and peak < free
     # in a step's only pass there is no gradient yet when the activations are most
@@ -486,19 +484,9 @@ def test_budgets_follow_the_free_memory() -> None:
     assert each.peak_bytes(100, [101]) == 10**9 + 51 * 10**6 + BESIDE  # two about equal ones
     # the softmax of a head that trains, as long as it is kept
     trained = replace(each, scored_bytes=10**5)
+    assert trained.tokens(free) < budget and (trained.peak_bytes(trained.tokens(free), [9 * budget]) or 0) < 0.85 * free
     assert trained.peak_bytes(100, [101]) == 10**9 + 51 * 10**6 + 51 * 10**5 + BESIDE
-    assert (trained.peak_bytes(10_000, [20_001]) or 0) == (each.peak_bytes(10_000, [20_001]) or 0) + 4 * KEPT
-
-
-def test_a_cpu_has_enough_tokens_where_no_group_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    for threads, tokens in ((1, 1024), (2, 1024), (8, 4096)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        assert enough_tokens(cpu, 10, separable=True) == tokens
-    assert enough_tokens(cpu, 5000, separable=True) == 5000 and enough_tokens(cpu, 10, separable=False) is None
-    assert enough_tokens(torch.device("cuda"), 10, separable=True) is None
-    rows = [Rendered(g, r, tuple(range(4 + r)), 3) for g in range(2) for r in range(2 + g)]  # 3 + 1 + 2 (+ 3)
-    assert largest_group(rows) == 9 and largest_group(rows, before=5) == 14
+    assert (trained.peak_bytes(10_000, [20_001]) or 0) == (each.peak_bytes(10_000, [20_001]) or 0) + 4 * product.KEPT
 
 
 def test_free_memory_is_what_the_tighter_of_machine_and_container_leaves(tmp_path: Path) -> None:
@@ -547,7 +535,7 @@ def test_the_budget_is_recorded_and_weights_that_do_not_fit_are_refused(
         monkeypatch.setattr(estimate, "free_bytes", lambda device: 90_000)
         with pytest.raises(RunFailed, match=r"8,192 parameters, 8,192 of them trained, take 0\.000131 GB"):
             preftune.fit(tiny.model(), tokenizer, tiny.pairs(), out=tmp_path / "b", **keys)
-    assert f"tokens_per_microbatch: {max(1024, 512 * torch.get_num_threads())}" in (tmp_path / "a" / "config.yaml").read_text()
+    assert f"tokens_per_microbatch: {estimate.LARGEST}" in (tmp_path / "a" / "config.yaml").read_text()
     assert not (tmp_path / "b").exists()
 
 

@@ -72,6 +72,11 @@ def test_only_what_is_trained_on_counts() -> None:
     assert 0 < sft["tokens_per_epoch"] < whole["tokens_per_epoch"]
 
 
+def test_without_sharing_every_answer_has_its_prompt_in_the_estimate_too() -> None:
+    shared, alone = (shown(eval_data="pairs.jsonl", train={"sharing": how}) for how in ("auto", "off"))
+    assert alone["memory_gb"] > shared["memory_gb"] and alone["fixed_gb"] == shared["fixed_gb"]
+
+
 PARAMETERS = 8192  # of tiny's llama, whose embedding is tied
 
 

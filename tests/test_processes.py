@@ -83,11 +83,11 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], kind: str) -> flo
     return max(float((a[name] - b[name]).detach().norm() / a[name].detach().norm().clamp(min=1e-12)) for name in names)
 
 
-@pytest.mark.parametrize(("method", "adapter"), processes_case.CASES)
-def test_two_processes_take_the_steps_of_one(computed: Path, method: str, adapter: str) -> None:
-    one = processes_case.case(method, adapter, in_parts=False)
+@pytest.mark.parametrize(("method", "adapter", "sharing"), processes_case.CASES)
+def test_two_processes_take_the_steps_of_one(computed: Path, method: str, adapter: str, sharing: str) -> None:
+    one = processes_case.case(method, adapter, sharing, in_parts=False)
     for how in ("replicate", "fsdp"):
-        two = load_file(computed / f"{method}-{adapter}-{how}.safetensors")
+        two = load_file(computed / f"{method}-{adapter}-{sharing}-{how}.safetensors")
         assert distance(one, two, "gradient.") < 1e-5, how
         assert distance(one, two, "change.") < 1e-4, how
         torch.testing.assert_close(one["loss"], two["loss"], rtol=1e-5, atol=1e-6)

@@ -17,7 +17,7 @@ from command import PAIRS, call, write_model, write_rows
 import preftune
 from preftune.data.render import Batch, Rendered, render
 from preftune.errors import RunFailed
-from preftune.scoring import attention, exact, head, selfcheck, trie
+from preftune.scoring import attention, exact, product, selfcheck, trie
 from preftune.scoring.scorer import Scorer, cannot_share
 from preftune.scoring.selfcheck import Difference, check_path, check_start, difference, few, one_by_one, shortened
 
@@ -40,13 +40,13 @@ def positions_not_continued(patch: pytest.MonkeyPatch) -> None:
 
 def head_forgets_a_chunk(patch: pytest.MonkeyPatch) -> None:
     """Values right, gradients not."""
-    right = head._LinearLogp.backward
+    right = product.LinearLogp.backward
 
     def wrong(ctx: Any, *gradients: Any) -> Any:
         d_hidden, *others = right(ctx, *gradients)
         return (None if d_hidden is None else d_hidden * (torch.arange(len(d_hidden)) > 0)[:, None], *others)
 
-    patch.setattr(head._LinearLogp, "backward", staticmethod(wrong))
+    patch.setattr(product.LinearLogp, "backward", staticmethod(wrong))
 
 
 def another_prompt_is_seen(patch: pytest.MonkeyPatch) -> None:
@@ -141,8 +141,8 @@ def test_where_float32_cannot_be_tried_gradients_decide_and_that_is_said(
     with caplog.at_level(logging.INFO, "preftune"):
         check_path(Scorer(model), batch, range(len(batch)), dtype=torch.bfloat16)
     assert caplog.text.count("there is no memory for a copy of it in float32") == 2 and "gradients decide" in caplog.text
-    right = head._LinearLogp.backward
-    monkeypatch.setattr(head._LinearLogp, "backward", staticmethod(lambda ctx, g: (None, *right(ctx, g)[1:])))
+    right = product.LinearLogp.backward
+    monkeypatch.setattr(product.LinearLogp, "backward", staticmethod(lambda ctx, g: (None, *right(ctx, g)[1:])))
     with pytest.raises(RunFailed, match="gradients decide"):
         check_path(Scorer(tiny.model().bfloat16()), batch, range(len(batch)), dtype=torch.bfloat16)
 
@@ -337,14 +337,14 @@ def test_doctor_says_that_all_is_the_same_and_what_a_run_takes(
     words: list[str], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunks: set[int] = set()
-    product = head._Space.product
+    right = product._product
 
-    def spy(space: Any, hidden: Any, *others: Any) -> Any:
+    def spy(hidden: Any, *others: Any, **out: Any) -> Any:
         chunks.add(len(hidden))
-        return product(space, hidden, *others)
+        return right(hidden, *others, **out)
 
-    monkeypatch.setattr(head._Space, "product", spy)
-    monkeypatch.setattr(head, "FEWEST", 8)
+    monkeypatch.setattr(product, "_product", spy)
+    monkeypatch.setattr(product, "FEWEST", 8)
     words = ["doctor", "model=m", "data=pairs.jsonl", "batch_size=4", *words]
     said = call(capsys, *words)
     assert 8 in chunks and max(chunks) > 8, "one of the checks takes the head in chunks"

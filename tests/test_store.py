@@ -351,6 +351,7 @@ def test_doctor_looks_at_what_earlier_runs_stored(
     stored = Stored(Store(path), Store(path).digest(str(model)) or b"", torch.float32, "cpu")
     stored.put(batch, [3], [stored.find(batch, [3])[3] + 1e-3])
     assert examined() == (1, None)
+    assert examined("method=reward") == (0, None), "a reward model's numbers are no log-probabilities"
 
 
 def test_a_rerun_of_a_config_begins_with_the_values_of_its_run(

@@ -392,16 +392,19 @@ def test_scores_do_not_depend_on_the_budget_across_the_limit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 300, 2**25])
-@pytest.mark.parametrize("how", ["frozen", "kept", "again"])
-@pytest.mark.parametrize("name", ["phi", "untied", "gemma2", "cohere"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in ("phi", "untied") for how in ("frozen", "kept", "partly kept", "computed again")]
+    + [(name, how) for name in ("gemma2", "cohere") for how in ("frozen", "trained")],
+)
 def test_chunked_equals_plain(name: str, how: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bias, untied, soft-capped and scaled heads, in blocks of one entry, of some, of all; frozen ones, and those that train
     with their softmax kept for the backward pass, or made again."""
-    from preftune.scoring import head
+    from preftune.scoring import product
 
-    monkeypatch.setattr(head, "CPU_BLOCK", block)
-    monkeypatch.setattr(head, "FEWEST", 1)
-    monkeypatch.setattr(head, "KEPT", head.KEPT if how == "kept" else 0)
+    monkeypatch.setattr(product, "CPU_BLOCK", block)
+    monkeypatch.setattr(product, "FEWEST", 1)
+    monkeypatch.setattr(product, "KEPT", {"kept": product.KEPT, "partly kept": 2 * tiny.VOCABULARY}.get(how, 0))
     model = tiny.model(name)
     model.get_output_embeddings().requires_grad_(how != "frozen")
     plain = copy.deepcopy(model)
@@ -454,9 +457,11 @@ def test_a_plain_head_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", ["FalconMamba", "Mamba"])
-def test_float32_states_before_a_bf16_head(name: str) -> None:
+def test_float32_states_before_a_bf16_head(name: str, frozen: bool) -> None:
     model = build(name, {}).bfloat16()
+    model.get_output_embeddings().requires_grad_(not frozen)
     plain = copy.deepcopy(model)
     sequences = rows()
     found, expected = Scorer(model)(sequences).logp, one_by_one(plain, sequences)

@@ -17,5 +17,6 @@ def written_aside(path: Path) -> Generator[Path]:
     try:
         yield aside
         os.replace(aside, path)
-    finally:
+    except BaseException:
         aside.unlink(missing_ok=True)
+        raise

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from preftune.cli.common import choose_out
+from preftune.cli.common import output_file
 from preftune.cli.console import Watch
 from preftune.config import resolve
 from preftune.data.options import Source
@@ -25,7 +25,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     if not sources:
         raise Refusal("check takes data: preftune check DATA ...", code="usage")
     read = [*words, *(source.path for source in keys.eval_data)]
-    out = choose_out(keys.out, read, keys.data, overwrite=keys.overwrite, model=keys.model) if keys.out else None
+    out = output_file(keys.out, read, keys.data, overwrite=keys.overwrite, model=keys.model) if keys.out else None
     from preftune.report import checked as page
     from preftune.runs.check import examine
 

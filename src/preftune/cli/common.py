@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from preftune.records import Group
 
 
-def choose_out(out: str, words: Iterable[str], options: DataOptions, *, overwrite: bool, **models: str | None) -> Path:
+def output_file(out: str, words: Iterable[str], options: DataOptions, *, overwrite: bool, **models: str | None) -> Path:
     """The file that a verb writes. Refuses one that it reads, whatever `overwrite` says: its files among the words, its data,
     their template, and its models by key."""
     read = [word for word in words if "=" not in word]

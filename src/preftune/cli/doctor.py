@@ -57,7 +57,7 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     steps = [rows_of(batch, examples) for _, examples in the_plan.batches]
     known_by: Any = {"ref": data.refs[0], "store": keys.reference.store, "packed": packed}
     lines = examine(model, batch, steps[0], dtype=dtype, new_adapter=new_adapter, **known_by)
-    expected = expect(model, batch, method, steps, dtype=dtype)
+    expected = expect(model, batch, steps, dtype=dtype, reference=method.needs_reference)
     healthy = all(line["passed"] for line in lines)
     told = {"healthy": healthy, "method": method.name, "dtype": str(dtype).removeprefix("torch.")}
     result = {**told, "checks": lines, "run": expected}

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from preftune.cli.common import choose_out
+from preftune.cli.common import output_file
 from preftune.cli.console import Watch
 from preftune.config import resolve
 from preftune.errors import Refusal
@@ -23,7 +23,7 @@ SHOWN = 5  # prompts that a message names
 
 def run(words: list[str], as_json: bool) -> dict[str, Any] | None:
     keys = resolve(GenerateKeys, words)
-    out = choose_out(keys.out, words, keys.prompts, overwrite=keys.overwrite, model=keys.model) if keys.out else None
+    out = output_file(keys.out, words, keys.prompts, overwrite=keys.overwrite, model=keys.model) if keys.out else None
     if out is None and as_json:
         raise Refusal("--json prints one document: name a file with out=...", code="missing_key", key="out")
     inspect.check_vocabulary(inspect.facts(inspect.resolve(keys.model, "model"), "model"))

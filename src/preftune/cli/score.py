@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from preftune.cli.common import choose_out, open_data
+from preftune.cli.common import open_data, output_file
 from preftune.cli.console import Watch
 from preftune.config import resolve
 from preftune.errors import Refusal
@@ -24,7 +24,7 @@ log = logging.getLogger("preftune")
 def run(words: list[str], as_json: bool) -> dict[str, Any]:
     keys = resolve(ScoreKeys, words)
     models = {"model": keys.model, "reference": keys.reference.model}
-    out = choose_out(keys.out, words, keys.data, overwrite=keys.overwrite, **models)
+    out = output_file(keys.out, words, keys.data, overwrite=keys.overwrite, **models)
     data = open_data(keys.model, keys.data, keys, reference=keys.reference.model, check=_check_answers)
     policy, reference = data.models()
     with Watch() as watch:

@@ -132,7 +132,8 @@ def _method(files: folder.RunFiles) -> str:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Written aside and renamed: a reader never meets half a file."""
+    """Written aside and renamed: a reader never meets half a file, nor do two processes that draw the same page, as of a run
+    that is going on, meet in the file aside."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -22,10 +22,8 @@ from preftune.runs.prepare import RenderedData
 if TYPE_CHECKING:
     import torch
 
-    from preftune.data.render import Batch
     from preftune.runs.job import Job, Progress, Run
     from preftune.scoring.store import Store
-    from preftune.training.method import Method
     from preftune.training.signals import Stop
 
 log = logging.getLogger("preftune")
@@ -157,8 +155,7 @@ def _job(setup: Setup) -> Job:
         require_sharing(model)
     if keys.train.checkpointing:
         check_recomputed(model, share=keys.train.shares)
-    method = methods.make(keys.method, beta=keys.beta)
-    keys = _with_budget(keys, model, dtype, method, setup.rendered.train, passing=references.passing)
+    keys = _with_budget(keys, model, dtype, passing=references.passing)
     stores = [Store(setup.out / "checkpoints" / OWN)] if setup.out else []
     stores += [references.store] if references.store else []
     stores = stores if processes.rank() == 0 else []
@@ -169,7 +166,7 @@ def _job(setup: Setup) -> Job:
         tokenizer=setup.tokenizer,
         train=setup.rendered.train,
         held=setup.rendered.held,
-        method=method,
+        method=methods.make(keys.method, beta=keys.beta),
         keys=keys,
         dtype=dtype,
         new_adapter=new_adapter,
@@ -208,38 +205,35 @@ def _trainable(setup: Setup, dtype: torch.dtype) -> tuple[Any, bool, Callable[[]
     return model, new_adapter, again
 
 
-def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, method: Method, batch: Batch, *, passing: int) -> TrainKeys:
+def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: int) -> TrainKeys:
     """With the token budget of a micro-batch that the free memory allows, where none is asked for."""
-    from preftune.models.adapters import virtual_tokens
-    from preftune.training.estimate import Estimate, enough_tokens, free_bytes, largest_group
+    from preftune.training.estimate import Estimate, free_bytes
 
-    known = [free for free in processes.gathered(free_bytes(model.device)) if free is not None]
-    free = min(known, default=None)
+    own = free_bytes(model.device)
+    if own is not None:
+        own += sum(p.nbytes for p in model.parameters()) + passing  # they are there already
+    free = min((free for free in processes.gathered(own) if free is not None), default=None)
     best = bool(keys.train.eval_every) and keys.train.keep_best
+    reference, moving = methods.needs(keys.method).reference, bool(keys.reference.sync_steps)
     found = Estimate.of(
         model,
         dtype,
         best=best,
-        reference=method.needs_reference,
-        moving=bool(keys.reference.sync_steps),
+        reference=reference,
+        moving=moving,
         checkpointing=keys.train.checkpointing,
         optimizer=keys.train.optimizer,
         parts=processes.size() if keys.train.parallel == "fsdp" else 1,
     )
-    if free is not None:
-        free += sum(p.nbytes for p in model.parameters()) + passing  # they are there already
-        if found.fixed_bytes > free:
-            raise RunFailed(
-                f"{found.parameters:,} parameters, {found.trained:,} of them trained, take {found.fixed_bytes / 1e9:.3g} GB "
-                f"with gradients and the optimizer's state, and {free / 1e9:.3g} GB are free: train an adapter (adapter=lora)",
-                code="out_of_memory",
-            )
+    if free is not None and found.fixed_bytes > free:
+        raise RunFailed(
+            f"{found.parameters:,} parameters, {found.trained:,} of them trained, take {found.fixed_bytes / 1e9:.3g} GB "
+            f"with gradients and the optimizer's state, and {free / 1e9:.3g} GB are free: train an adapter (adapter=lora)",
+            code="out_of_memory",
+        )
     if keys.train.tokens_per_microbatch is not None:
         return keys
-    group = largest_group(batch.sequences, virtual_tokens(model))
-    own = enough_tokens(model.device, group, separable=method.separable)
-    enough = max(processes.gathered(own), key=lambda tokens: tokens or 0)  # the same for all: they may have other threads
-    train = keys.train.model_copy(update={"tokens_per_microbatch": found.tokens(free, enough)})
+    train = keys.train.model_copy(update={"tokens_per_microbatch": found.tokens(free)})
     return keys.model_copy(update={"train": train})
 
 

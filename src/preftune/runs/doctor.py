@@ -22,8 +22,7 @@ from preftune.scoring.score import score_logp
 from preftune.scoring.scorer import Scorer, Wrong, cannot_share
 from preftune.scoring.selfcheck import TOLERANCE, VALUES, Difference, check_start, difference, few, one_by_one, shortened
 from preftune.scoring.store import Store, Stored, open_store
-from preftune.training.estimate import Estimate, enough_tokens, free_bytes, largest_group, matrix_rate, pass_tokens
-from preftune.training.method import Method
+from preftune.training.estimate import Estimate, free_bytes, matrix_rate, step_tokens
 
 
 def examine(
@@ -63,6 +62,10 @@ def examine(
         found = difference(model, sequences, by(scorer), dtype=dtype)
         return _line(name, found.small, found, note)
 
+    def against_reference() -> list[dict[str, Any]]:
+        stored = _of_earlier_runs(model, batch, rows, dtype, open_store(store), new_adapter=new_adapter, ref=ref, packed=packed)
+        return [*stored, _start(model, batch, chosen, dtype, new_adapter=new_adapter)]
+
     why = cannot_share(shared.inner)
     return [
         against("answers together on a trie = one by one", shared)
@@ -73,9 +76,7 @@ def examine(
             "head in chunks = all logits at once", chunked, "" if chunked.head.plain else "the model's own head, in chunks"
         ),
         _stored(model, batch, chosen, dtype),
-        *_of_earlier_runs(model, batch, rows, dtype, open_store(store), new_adapter=new_adapter, ref=ref, packed=packed),
-        # a reward model has no reference
-        *([] if gives_scalars(model) else [_start(model, batch, chosen, dtype, new_adapter=new_adapter)]),
+        *(against_reference() if not gives_scalars(model) else ()),  # a reward model has none
     ]
 
 
@@ -150,7 +151,7 @@ def _start(model: Any, batch: Batch, rows: list[int], dtype: torch.dtype, *, new
     return _line(name, worst <= TOLERANCE[dtype], None) | {"values": worst}
 
 
-def expect(model: Any, batch: Batch, method: Method, steps: Sequence[Sequence[int]], *, dtype: torch.dtype) -> dict[str, Any]:
+def expect(model: Any, batch: Batch, steps: Sequence[Sequence[int]], *, dtype: torch.dtype, reference: bool) -> dict[str, Any]:
     """Tokens, memory and time of a run whose steps need these rows, each once.
 
     Returns:
@@ -158,14 +159,13 @@ def expect(model: Any, batch: Batch, method: Method, steps: Sequence[Sequence[in
         share), `fixed_gb, memory_gb, free_gb, tokens_per_microbatch, seconds` (see `Estimate`; None where it is not known).
     """
     device, shares, before = model.device, Scorer(model).shares, virtual_tokens(model)
-    sizes = [pass_tokens(batch.sequences, rows, shares=True, before=before) for rows in steps]
-    alone = sum(before + len(batch.sequences[row].ids) for rows in steps for row in rows)
-    tokens = sum(sizes) if shares else alone
-    found = Estimate.of(model, dtype, best=False, reference=method.needs_reference)
+    sizes = [step_tokens(batch.sequences, rows, shares=shares, before=before) for rows in steps]
+    alone = sum(step_tokens(batch.sequences, rows, shares=False, before=before) for rows in steps)
+    tokens = sum(sizes)
+    found = Estimate.of(model, dtype, best=False, reference=reference)
     free = free_bytes(device)
-    enough = enough_tokens(device, largest_group(batch.sequences, before), separable=method.separable)
     # the model is there already, and a part of what the run will hold
-    budget = found.tokens(None if free is None else free + sum(p.nbytes for p in model.parameters()), enough)
+    budget = found.tokens(None if free is None else free + sum(p.nbytes for p in model.parameters()))
     peak = found.peak_bytes(budget, sizes)
     return {
         "steps": len(steps),

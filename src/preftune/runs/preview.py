@@ -32,7 +32,7 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
         cannot be built without its weights), `rows` (texts).
     """
     from preftune.runs.job import plan_of, rows_of
-    from preftune.training.estimate import largest_group, pass_tokens
+    from preftune.training.estimate import step_tokens
 
     batch = rendered.train
     method = methods.make(keys.method, beta=keys.beta)
@@ -58,9 +58,9 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
     found = estimate_of(keys, evaluates=bool(rendered.held.groups))
     before = keys.adapter.virtual or facts(resolve(keys.model, "model"), "model").virtual
     steps = [rows_of(batch, own) for _, own in the_plan.batches]
-    sizes = [pass_tokens(batch.sequences, rows, shares=True, before=before) for rows in steps]
+    sizes = [step_tokens(batch.sequences, rows, shares=keys.train.shares, before=before) for rows in steps]
     unknown = dict.fromkeys(("fixed_gb", "memory_gb", "free_gb", "seconds", "tokens_per_microbatch"))
-    plan |= takes(keys, found, sizes, sum(sizes), largest_group(batch.sequences, before)) if found else unknown
+    plan |= takes(keys, found, sizes, sum(sizes)) if found else unknown
     plan["rows"] = [_row(example, method.roles(example), batch, tokenizer) for example in examples[:ROWS]]
     for row in plan["rows"]:
         log.info(row)
@@ -96,19 +96,18 @@ def estimate_of(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
         return None
 
 
-def takes(keys: TrainKeys, found: Estimate, sizes: list[int], tokens: int, group: int) -> dict[str, Any]:
+def takes(keys: TrainKeys, found: Estimate, sizes: list[int], tokens: int) -> dict[str, Any]:
     """Memory and time, said.
 
     Args:
-        sizes: tokens of each step, or of the largest. tokens: of all steps. group: of the largest group.
+        sizes: tokens of each step, or of the largest. tokens: of all steps.
     """
     from preftune.models.load import device
-    from preftune.training.estimate import enough_tokens, free_bytes, matrix_rate
+    from preftune.training.estimate import free_bytes, matrix_rate
     from preftune.training.precision import DTYPES, default_dtype
 
     free, fixed = free_bytes(device()), found.fixed_bytes
-    separable = methods.make(keys.method, beta=keys.beta).separable
-    budget = keys.train.tokens_per_microbatch or found.tokens(free, enough_tokens(device(), group, separable=separable))
+    budget = keys.train.tokens_per_microbatch or found.tokens(free)
     peak = found.peak_bytes(budget, sizes)
     seconds = found.seconds(tokens, matrix_rate(DTYPES[keys.dtype] if keys.dtype else default_dtype(device()), device()))
     weights = (

@@ -2,8 +2,8 @@
 
 Whatever a model does after its backbone (bias, scale, soft-cap, an adapter on the head) is done by the model's own forward: it
 is called with a stand-in for the backbone that hands the hidden states through. Where that turns out to be one plain matrix
-product, which is asked and not assumed, a function of our own computes it and its gradient in blocks. A model that cannot be
-called like that is run as a whole, and its logits are read in blocks.
+product, which is asked and not assumed, `logp_of_product` computes it and its gradient in blocks. A model that cannot be called
+like that is run as a whole, and its logits are read in blocks.
 """
 
 from __future__ import annotations
@@ -11,24 +11,18 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from preftune.data.render import Rendered
 from preftune.errors import Refusal
 from preftune.models.adapters import gives_scalars
-
-# float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold
-BLOCK, CPU_BLOCK = 2**25, 2**20
-PART = 2**23  # entries of a product that is added to a tensor of another precision
-KEPT = 2**26  # entries of a softmax that a trained head keeps for its backward pass: 256 MiB
-FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
+from preftune.scoring import product
+from preftune.scoring.product import entries_on, logp_of_product, rows_at_once
 
 log = logging.getLogger("preftune")
 
@@ -61,7 +55,7 @@ class Head:
             self.body = self.shell = None
         weight = getattr(self.output, "weight", None)
         device = next(model.parameters()).device if weight is None else weight.device
-        self.entries, self.kept = CPU_BLOCK if device.type == "cpu" else BLOCK, KEPT
+        self.entries, self.kept = entries_on(device), product.KEPT
         # gives the tensor that a plain head's weight gradient is added to in the backward pass; None: autograd gets it
         self.into: Callable[[], Tensor] | None = None
         if not self.plain and model not in _SAID:
@@ -77,18 +71,21 @@ class Head:
         mask = sequence.mask or [True] * len(places)
         return [(place - 1, sequence.ids[place]) for place, scored in zip(places, mask, strict=True) if scored]
 
-    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, targets: Tensor, at_once: int = 1) -> Tensor:
         """log p(target | hidden) of each row.
 
         Args:
             hidden: [N, D].
             targets: [N] token ids.
+            at_once: calls whose graphs stand at the same time, and share what may be kept for their backward passes.
 
         Returns:
             [N] nats, float32; the log-softmax is taken in float32 whatever the model's precision.
         """
         if self.plain:
-            return self._of_product(hidden.to(self.output.weight.dtype), targets)  # they may be float32 beside a bfloat16 head
+            weight, bias = self.output.weight, self.output.bias  # hidden states may be float32 beside a bfloat16 head
+            how: Any = {"entries": self.entries, "kept": self.kept // at_once, "into": self.into}
+            return logp_of_product(hidden.to(weight.dtype), weight, bias, targets, **how)
         parts: list[Tensor] = []
         rows = self._rows(hidden)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -112,14 +109,6 @@ class Head:
         """[N, V], by the model's own forward. Of a model whose backbone cannot be told apart, `hidden` are its logits."""
         return hidden if self.shell is None else self.shell(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
-    def _of_product(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        weight, bias, graph = self.output.weight, self.output.bias, torch.is_grad_enabled()
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if graph and hidden.requires_grad and not trained:
-            return _FrozenLogp.apply(hidden, weight, bias, targets, self.entries)  # pyright: ignore
-        keeps = graph and trained and len(hidden) * len(weight) <= self.kept
-        return _LinearLogp.apply(hidden, weight, bias, targets, self.entries, keeps, self.into)  # pyright: ignore
-
     def _logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(hidden).float()
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
@@ -127,7 +116,7 @@ class Head:
     def _rows(self, hidden: Tensor) -> int:
         """How many positions at once."""
         weight = getattr(self.output, "weight", None)
-        return _block(hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0], self.entries)
+        return rows_at_once(hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0], self.entries)
 
     def _runs(self, model: Any) -> bool:
         """Whether the model's own forward takes hidden states. They may be of another width than those of its last product."""
@@ -198,158 +187,12 @@ class ScalarHead:
         """The last token's state; nothing is predicted there."""
         return [(len(sequence.ids) - 1, -1)]
 
-    def __call__(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, targets: Tensor, at_once: int = 1) -> Tensor:
         """[N] numbers of hidden states [N, D], float32."""
         return self.output(hidden).float().squeeze(-1)
 
     def values(self, hidden: Tensor, want: tuple[Value, ...]) -> dict[Value, Tensor]:
         raise Refusal(f"a scalar head has no {', '.join(want)}: there is no next token", code="unknown_want", key="want")
-
-
-def _block(others: int, entries: int) -> int:
-    """How many rows (columns) of logits at once, where there are so many columns (rows)."""
-    return max(FEWEST, entries // others)
-
-
-class _FrozenLogp(Function):
-    """log softmax(W h + b)[target], one row per token, of a W and b that take no gradient.
-
-    d logp / d h = W[target] - p W [D] does not depend on the gradient of logp: it is made in the forward pass, where the logits
-    are at hand, and is all that is kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, entries: int) -> Tensor:
-        logp, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
-        for rows, logits, log_p in _blocks(hidden, weight, bias, entries):
-            at = targets[rows, None]
-            logp[rows] = log_p.gather(-1, at).squeeze(-1)
-            gradient = torch.exp(log_p, out=logits).neg_()
-            gradient.scatter_add_(-1, at, torch.ones_like(at, dtype=gradient.dtype))
-            torch.mm(gradient.to(weight.dtype), weight, out=slope[rows])
-        ctx.save_for_backward(slope)
-        return logp
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return (gradients[0][:, None].float() * slope).to(slope.dtype), None, None, None, None
-
-
-class _LinearLogp(Function):
-    """log softmax(W h + b)[target], one row per token. Saved for the backward pass: log p [N, V] where that is little enough,
-    else one float per row, and the logits are computed again.
-
-    d logp / d logits = onehot(target) - p, so with the gradient g [N] of logp and G = g * (onehot - p) [N, V]:
-    d h = G W, d W = G^T h, d b = sum(G).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        entries: int,
-        keeps: bool,
-        into: Callable[[], Tensor] | None,
-    ) -> Tensor:
-        logp, log_z = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
-        kept = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32) if keeps else None
-        for rows, logits, log_p in _blocks(hidden, weight, bias, entries, kept):
-            at = targets[rows, None]
-            logp[rows] = log_p.gather(-1, at).squeeze(-1)
-            log_z[rows] = logits.gather(-1, at).squeeze(-1) - logp[rows]
-        ctx.entries, ctx.into = entries, into
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z, kept)
-        return logp
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_z, kept = ctx.saved_tensors
-        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
-        g = gradients[0][:, None].float()
-        # blocks of the vocabulary, each with all rows: a row of W then gets its whole gradient in one product
-        columns = _block(max(1, len(hidden)), ctx.entries)
-        whole = columns >= len(weight)
-        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if for_hidden and not whole else None
-        into = ctx.into() if for_weight and ctx.into else None
-        d_weight = torch.empty_like(weight) if for_weight and into is None else None
-        d_bias = torch.empty_like(bias) if for_bias else None
-        space = _Space(len(hidden) * min(columns, len(weight)), hidden)
-        for first in range(0, len(weight), columns):
-            block = slice(first, first + columns)
-            w, b = weight[block], None if bias is None else bias[block]
-            if kept is not None:
-                log_p = kept[:, block]
-                gradient = torch.exp(log_p, out=space.of(log_p.shape)).mul_(-g)
-            else:
-                logits = space.product(hidden, w, b)
-                gradient = (torch.softmax(logits, -1) if whole else logits.sub_(log_z[:, None]).exp_()).mul_(-g)
-            inside = (targets >= first) & (targets < first + columns)
-            places = inside.nonzero().flatten()
-            gradient[places, targets[places] - first] += g[places, 0]
-            if d_bias is not None:
-                d_bias[block] = gradient.sum(0)
-            gradient = gradient.to(hidden.dtype)
-            if for_hidden and whole:
-                d_hidden = gradient @ w
-            elif d_hidden is not None:
-                _add_product(d_hidden, gradient, w)
-            if d_weight is not None:
-                torch.mm(gradient.T, hidden, out=d_weight[block])
-            if into is not None:
-                _add_product(into[block], gradient.T, hidden)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
-
-
-def _blocks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: int, into: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Block after block: which rows, their logits, the logarithm of their softmax. Both have their place until the next block;
-    `into` [N, V]: a place for the logarithms of all rows."""
-    rows = min(_block(len(weight), entries), max(1, len(hidden)))
-    space, other = (_Space(size, hidden) for size in (rows * len(weight), rows * len(weight) * (into is None)))
-    for first in range(0, len(hidden), rows):
-        block = slice(first, first + rows)
-        logits = space.product(hidden[block], weight, bias)
-        # one pass over each row; logsumexp takes four, with a copy of all rows
-        yield block, logits, torch.log_softmax(logits, -1, out=other.of(logits.shape) if into is None else into[block])
-
-
-class _Space:
-    """The place of a block of logits, made once: of blocks made one after the other, glibc would not use the place again.
-
-    Args:
-        entries: of the largest block; held in float32.
-        like: a tensor on the device.
-    """
-
-    def __init__(self, entries: int, like: Tensor) -> None:
-        self.held = like.new_empty(entries, dtype=torch.float32)
-
-    def of(self, shape: torch.Size) -> Tensor:
-        return self.held[: shape.numel()].view(shape)
-
-    def product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """W h + b of each row, here; taken in their precision, given in float32."""
-        out = self.of(torch.Size((len(hidden), len(weight))))
-        if hidden.dtype != out.dtype:
-            return out.copy_(linear(hidden, weight, bias))
-        if bias is None:
-            return torch.mm(hidden, weight.T, out=out)
-        return torch.addmm(bias, hidden, weight.T, out=out)
-
-
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into [M, D] += a [M, N] b [N, D]; where it has another precision, in parts, so that no product is large."""
-    if into.dtype == b.dtype:
-        into.addmm_(a, b)
-        return
-    rows = _block(into.shape[1], PART)
-    for part, own in zip(into.split(rows), a.split(rows), strict=True):
-        part.add_(own @ b)
 
 
 class _Handed:

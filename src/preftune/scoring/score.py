@@ -79,7 +79,9 @@ def score(
     # a model in evaluation mode too: training switches an adapter's own dropout on in it
     with evaluation_mode(model):
         scorer = Scorer(model, head=head)
-        for rows in passes(scorer, batch, [[row] for row in range(len(batch))], tokens_per_microbatch):
+        cut = passes(scorer, batch, [[row] for row in range(len(batch))], tokens_per_microbatch)
+        scorer.at_once = len(cut)
+        for rows in cut:
             found = scorer([batch.sequences[row] for row in rows], extra)
             for row, each in zip(rows, found.token_logp.split(found.lengths), strict=True):
                 tokens[row] = each

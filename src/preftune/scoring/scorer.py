@@ -67,6 +67,7 @@ class Scorer(nn.Module):
         self.fused = self.shares and self.inner in _FUSED and flex.usable(self.device)
         self.rope = Rope.of(self.inner)
         self.in_parts = False
+        self.at_once = 1  # passes whose graphs stand at the same time: one, where each is followed by its backward pass
 
     @property
     def device(self) -> torch.device:
@@ -78,9 +79,10 @@ class Scorer(nn.Module):
         virtual = Virtual.of(self.model)
         in_front = virtual.count if virtual else 0
         runs = self.rope.runs([in_front + len(s.ids) for s in sequences])
+        at_once = self.at_once * len(runs)
         if len(runs) == 1:
-            return self._run(sequences, want, virtual)
-        parts = [self._run([sequences[n] for n in run], want, virtual) for run in runs]
+            return self._run(sequences, want, virtual, at_once)
+        parts = [self._run([sequences[n] for n in run], want, virtual, at_once) for run in runs]
         order = sorted(range(len(sequences)), key=[n for run in runs for n in run].__getitem__)
         lengths = [length for part in parts for length in part.lengths]
 
@@ -95,8 +97,8 @@ class Scorer(nn.Module):
             values={name: joined([part.values[name] for part in parts]) for name in want},
         )
 
-    def _run(self, sequences: Sequence[Rendered], want: tuple[Value, ...], virtual: Virtual | None) -> PassScores:
-        """One pass."""
+    def _run(self, sequences: Sequence[Rendered], want: tuple[Value, ...], virtual: Virtual | None, at_once: int) -> PassScores:
+        """One pass, of so many whose graphs stand at the same time."""
         if self.wanted and not self.shares and self.inner not in _SAID:
             _SAID.add(self.inner)
             why = cannot_share(self.inner)
@@ -124,7 +126,7 @@ class Scorer(nn.Module):
         states = hidden[at]
         which = torch.tensor(index, device=self.device)
         return PassScores(
-            token_logp=self.head(states, targets)[which],
+            token_logp=self.head(states, targets, at_once)[which],
             lengths=[len(ours) for ours in asked],
             tokens=tokens,
             values={name: v[which] for name, v in self.head.values(states, want).items()} if want else {},

@@ -114,7 +114,7 @@ class Store:
             else:
                 code = [_cached(name, file) for name, file in _code_elsewhere(folder / "config.json")]
                 parts = [place and self._digest_of_files(place, ("*.py",)) for place in code]
-        except (OSError, ValueError):  # loading the model will say what is wrong
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # loading the model will say what is wrong
             return None
         if None in parts:
             return None

@@ -19,7 +19,8 @@ from preftune.data.render import Rendered
 from preftune.models.adapters import inside, virtual_tokens
 from preftune.models.load import max_positions
 from preftune.models.weights import count, frozen_bytes
-from preftune.scoring.head import KEPT, backbone
+from preftune.scoring.head import backbone
+from preftune.scoring.product import KEPT
 from preftune.scoring.score import default_budget
 from preftune.training.optimizers import state_bytes
 from preftune.training.options import Optimizer
@@ -27,7 +28,6 @@ from preftune.training.options import Optimizer
 log = logging.getLogger("preftune")
 
 LARGEST, SMALLEST = 16_384, 256  # tokens of a micro-batch: more makes no step faster, fewer makes it slower than it need be
-ENOUGH = 512  # for each thread of a CPU, of at least two: more made no step faster there (docs/log.md)
 SHARE = 0.8  # of the free memory that activations may take: the allocator's gaps, and what other programs do meanwhile
 # bytes: three blocks of float32 logits on a GPU. On the CPU blocks are small; there it is what is imported on the way, and
 # what glibc keeps without using it again
@@ -129,14 +129,13 @@ class Estimate:
 
         return self.fixed_bytes + max(map(passing, sizes)) + BESIDE
 
-    def tokens(self, free: int | None, enough: int | None) -> int:
-        """The token budget for so much memory, of which nothing is taken yet: a multiple of 256, at most 16,384, and hardly
-        more than is enough (`enough_tokens`)."""
+    def tokens(self, free: int | None) -> int:
+        """The token budget for so much memory, of which nothing is taken yet: a multiple of 256, at most 16,384."""
         if free is None or self.token_bytes is None:
             return self.usual
-        fitting = int((SHARE * (free - self.fixed_bytes) - BESIDE) / max(1, self.token_bytes))
-        most = LARGEST if enough is None else min(LARGEST, math.ceil(enough / SMALLEST) * SMALLEST)
-        return max(SMALLEST, min(most, fitting // SMALLEST * SMALLEST))
+        kept = 4 * KEPT if self.scored_bytes else 0
+        fitting = int((SHARE * (free - self.fixed_bytes) - BESIDE - kept) / max(1, self.token_bytes))
+        return max(SMALLEST, min(LARGEST, fitting // SMALLEST * SMALLEST))
 
 
 def trained_bytes(trained: int, dtype: torch.dtype, *, best: bool, moving: bool = False) -> int:
@@ -191,13 +190,6 @@ def _multiplied(model: nn.Module) -> int:
     head, table = (getattr(m, "weight", None) for m in (inner.get_output_embeddings(), inner.get_input_embeddings()))
     tied = head.numel() if head is not None and head is table else 0
     return sum(count(p) for p in model.parameters()) - tables + tied
-
-
-def enough_tokens(device: torch.device, group: int, *, separable: bool) -> int | None:
-    """Tokens of a micro-batch beyond which a larger one makes no step faster: on a CPU some for each thread, and those of the
-    largest `group`, whose prompt would be computed again in every part of it. None: as many as there is memory for, on an
-    accelerator, and where a loss that is not `separable` would take two passes through the parts of a step."""
-    return max(ENOUGH * max(2, torch.get_num_threads()), group) if device.type == "cpu" and separable else None
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -267,12 +259,11 @@ def _left(folder: Path, limit: str, use: str, cached: str) -> int | None:
         return None
 
 
-def largest_group(sequences: Sequence[Rendered], before: int = 0) -> int:
-    """Tokens of the largest group with all its responses. `before`: virtual tokens."""
-    groups: dict[int, list[int]] = {}
-    for row, sequence in enumerate(sequences):
-        groups.setdefault(sequence.group, []).append(row)
-    return max(pass_tokens(sequences, rows, shares=True, before=before) for rows in groups.values())
+def step_tokens(sequences: Sequence[Rendered], rows: Sequence[int], *, shares: bool, before: int = 0) -> int:
+    """Tokens of a step of these rows: a group's prompt once, or with every row. `before`: virtual tokens."""
+    if shares:
+        return pass_tokens(sequences, rows, shares=True, before=before)
+    return sum(before + len(sequences[row].ids) for row in rows)
 
 
 def pass_tokens(sequences: Sequence[Rendered], rows: Sequence[int], *, shares: bool, before: int = 0) -> int:

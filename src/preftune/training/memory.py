@@ -76,7 +76,7 @@ def fits(
 
     def largest(budget: int) -> tuple[int, list[int]]:
         cuts = (Step.of(scorer, batch, method, examples, None, budget) for examples in batches)
-        all_rows = (cut.rows(places) for cut in cuts for own in cut.cuts for places in own)
+        all_rows = (cut.rows(places) for cut in cuts for own in cut.cuts for places in own if places)  # some: see `Step.of`
         return max((pass_tokens(batch.sequences, rows, shares=scorer.shares, before=scorer.before), rows) for rows in all_rows)
 
     def attempt(budget: int) -> None:

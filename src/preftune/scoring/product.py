@@ -1,0 +1,200 @@
+"""Log-probabilities of given tokens where a head is one matrix product W h + b: it and its gradient, in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+# float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold
+BLOCK, CPU_BLOCK = 2**25, 2**20
+PART = 2**23  # entries of a product that is added to a tensor of another precision
+KEPT = 2**26  # entries of a softmax that a trained head keeps for its backward pass: 256 MiB
+FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
+
+
+def logp_of_product(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    entries: int,
+    kept: int,
+    into: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """log softmax(W h + b)[target] of each row.
+
+    Args:
+        hidden: [N, D], in the precision of the weight.
+        weight: [V, D]. bias: [V].
+        targets: [N] token ids.
+        entries: of logits that are held at once.
+        kept: of the softmax that may be kept for the backward pass of a weight or bias that trains.
+        into: gives the tensor that the weight's gradient is added to in the backward pass; None: autograd gets it.
+
+    Returns:
+        [N] nats, float32.
+    """
+    graph, trained = torch.is_grad_enabled(), weight.requires_grad or (bias is not None and bias.requires_grad)
+    if graph and hidden.requires_grad and not trained:
+        return FrozenLogp.apply(hidden, weight, bias, targets, entries)  # pyright: ignore
+    # the first rows are kept: all, or whole blocks of them
+    fitting = kept // len(weight) if graph and trained else 0
+    keep = fitting if fitting >= len(hidden) else fitting - fitting % rows_at_once(len(weight), entries)
+    return LinearLogp.apply(hidden, weight, bias, targets, entries, min(len(hidden), keep), into)  # pyright: ignore
+
+
+def entries_on(device: torch.device) -> int:
+    """Entries of logits that are held at once."""
+    return CPU_BLOCK if device.type == "cpu" else BLOCK
+
+
+def rows_at_once(others: int, entries: int) -> int:
+    """How many rows (columns) of logits at once, where there are so many columns (rows)."""
+    return max(FEWEST, entries // others)
+
+
+class FrozenLogp(Function):
+    """log softmax(W h + b)[target], one row per token, of a W and b that take no gradient.
+
+    d logp / d h = W[target] - p W [D] does not depend on the gradient of logp: it is made in the forward pass, where the logits
+    are at hand, and is all that is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, entries: int) -> Tensor:
+        logp, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
+        for rows, logits, log_p in _blocks(hidden, weight, bias, entries):
+            at = targets[rows, None]
+            logp[rows] = log_p.gather(-1, at).squeeze(-1)
+            gradient = torch.exp(log_p, out=logits).neg_()
+            gradient.scatter_add_(-1, at, torch.ones_like(at, dtype=gradient.dtype))
+            torch.mm(gradient.to(weight.dtype), weight, out=slope[rows])
+        ctx.save_for_backward(slope)
+        return logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        return (gradients[0][:, None].float() * slope).to(slope.dtype), None, None, None, None
+
+
+class LinearLogp(Function):
+    """log softmax(W h + b)[target], one row per token. Saved for the backward pass: log p [K, V] of the first K rows, and one
+    float for each of the others, whose logits are computed again.
+
+    d logp / d logits = onehot(target) - p, so with the gradient g [N] of logp and G = g * (onehot - p) [N, V]:
+    d h = G W, d W = G^T h, d b = sum(G).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        entries: int,
+        keep: int,
+        into: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        logp, log_z = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+        kept = hidden.new_empty(keep, len(weight), dtype=torch.float32)
+        for rows, logits, log_p in _blocks(hidden, weight, bias, entries, kept):
+            at = targets[rows, None]
+            logp[rows] = log_p.gather(-1, at).squeeze(-1)
+            log_z[rows] = logits.gather(-1, at).squeeze(-1) - logp[rows]
+        ctx.entries, ctx.into = entries, into
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z, kept)
+        return logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, log_z, kept = ctx.saved_tensors
+        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
+        g = gradients[0][:, None].float()
+        # blocks of the vocabulary, each with all rows: a row of W then gets its whole gradient in one product
+        columns = rows_at_once(max(1, len(hidden)), ctx.entries)
+        whole = columns >= len(weight)
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if for_hidden and not whole else None
+        into = ctx.into() if for_weight and ctx.into else None
+        d_weight = torch.empty_like(weight) if for_weight and into is None else None
+        d_bias = torch.empty_like(bias) if for_bias else None
+        space, keep = _space(len(hidden) * min(columns, len(weight)), hidden), len(kept)
+        for first in range(0, len(weight), columns):
+            block = slice(first, first + columns)
+            w, b = weight[block], None if bias is None else bias[block]
+            p = _part(space, len(hidden), len(w))
+            torch.exp(kept[:, block], out=p[:keep])
+            _product(hidden[keep:], w, b, out=p[keep:]).sub_(log_z[keep:, None]).exp_()
+            gradient = p.mul_(-g)
+            inside = (targets >= first) & (targets < first + columns)
+            places = inside.nonzero().flatten()
+            gradient[places, targets[places] - first] += g[places, 0]
+            if d_bias is not None:
+                d_bias[block] = gradient.sum(0)
+            gradient = gradient.to(hidden.dtype)
+            if for_hidden and whole:
+                d_hidden = gradient @ w
+            elif d_hidden is not None:
+                _add_product(d_hidden, gradient, w)
+            if d_weight is not None:
+                torch.mm(gradient.T, hidden, out=d_weight[block])
+            if into is not None:
+                _add_product(into[block], gradient.T, hidden)
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
+
+
+def _blocks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: int, kept: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Block after block: which rows, their logits, the logarithm of their softmax. Both have their place until the next block;
+    `kept` [K, V]: the logarithms of the first K rows have it there."""
+    rows = min(rows_at_once(len(weight), entries), max(1, len(hidden)))
+    keep = 0 if kept is None else len(kept)
+    space = _space(rows * len(weight), hidden)
+    other = _space(rows * len(weight) if keep < len(hidden) else 0, hidden)
+    for first in range(0, len(hidden), rows):
+        block = slice(first, first + rows)
+        h = hidden[block]
+        logits = _product(h, weight, bias, out=_part(space, len(h), len(weight)))
+        place = kept[block] if kept is not None and first < keep else _part(other, len(h), len(weight))
+        # one pass over each row; logsumexp takes four, with a copy of all rows
+        yield block, logits, torch.log_softmax(logits, -1, out=place)
+
+
+def _space(entries: int, like: Tensor) -> Tensor:
+    """The place of a block of logits, in float32, made once: of blocks made one after the other, glibc would not use the place
+    again."""
+    return like.new_empty(entries, dtype=torch.float32)
+
+
+def _part(space: Tensor, rows: int, columns: int) -> Tensor:
+    return space[: rows * columns].view(rows, columns)
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+    """W h + b of each row; taken in their precision, given in float32."""
+    if hidden.dtype != out.dtype:
+        return out.copy_(linear(hidden, weight, bias))
+    if bias is None:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into [M, D] += a [M, N] b [N, D]; where it has another precision, in parts, so that no product is large."""
+    if into.dtype == b.dtype:
+        into.addmm_(a, b)
+        return
+    rows = rows_at_once(into.shape[1], PART)
+    for part, own in zip(into.split(rows), a.split(rows), strict=True):
+        part.add_(own @ b)
