@@ -29,9 +29,7 @@ def arguments(text: str | None, *, data: bool = True) -> argparse.ArgumentParser
     if data:
         parser.add_argument("--hh", type=Path, required=True, help="harmless-base-test.jsonl.gz of HH-RLHF")
         parser.add_argument("--dtype", default="float32", choices=DTYPES)
-        parser.add_argument(
-            "--tokens", type=int, default=4096, help="preftune's tokens per micro-batch (on two cores its own choice)"
-        )
+        parser.add_argument("--tokens", type=int, default=4096, help="preftune's tokens per micro-batch")
         parser.add_argument("--work", type=Path, default=Path("build/bench"), help="folder of the model and the rows")
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON: other sizes of the model, for a quick look")
     return parser
