@@ -25,13 +25,13 @@ def sweep(folder: Path, how: dict[str, Any]) -> dict[str, Any]:
     """Seconds of one run's reference and of its steps; `store` is the file, `kind` is full or lora."""
     from preftune import fit, read
     from preftune.models.load import load_model, load_tokenizer
-    from preftune.runs import trainer
+    from preftune.runs import answers
     from preftune.scoring.store import Stored
     from preftune.training.memory import keep_freed_memory
     from preftune.training.precision import DTYPES
 
     keep_freed_memory()
-    trainer.NEW_TOKENS = 1  # answers before and after are not what is timed
+    answers.NEW_TOKENS = 1  # answers before and after are not what is timed
     events: list[float] = []
     find = Stored.find
 
