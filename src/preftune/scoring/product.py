@@ -70,7 +70,7 @@ class FrozenLogp(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, entries: int) -> Tensor:
         logp, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
-        for rows, logits, log_p in _blocks(hidden, weight, bias, entries):
+        for rows, logits, log_p in _blocks(hidden, weight, bias, entries, _part(_space(0, hidden), 0, len(weight))):
             at = targets[rows, None]
             logp[rows] = log_p.gather(-1, at).squeeze(-1)
             gradient = torch.exp(log_p, out=logits).neg_()
@@ -154,19 +154,18 @@ class LinearLogp(Function):
 
 
 def _blocks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: int, kept: Tensor | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: int, kept: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Block after block: which rows, their logits, the logarithm of their softmax. Both have their place until the next block;
     `kept` [K, V]: the logarithms of the first K rows have it there."""
     rows = min(rows_at_once(len(weight), entries), max(1, len(hidden)))
-    keep = 0 if kept is None else len(kept)
     space = _space(rows * len(weight), hidden)
-    other = _space(rows * len(weight) if keep < len(hidden) else 0, hidden)
+    other = _space(rows * len(weight) if len(kept) < len(hidden) else 0, hidden)
     for first in range(0, len(hidden), rows):
         block = slice(first, first + rows)
         h = hidden[block]
         logits = _product(h, weight, bias, out=_part(space, len(h), len(weight)))
-        place = kept[block] if kept is not None and first < keep else _part(other, len(h), len(weight))
+        place = kept[block] if first < len(kept) else _part(other, len(h), len(weight))
         # one pass over each row; logsumexp takes four, with a copy of all rows
         yield block, logits, torch.log_softmax(logits, -1, out=place)
 
