@@ -5,7 +5,8 @@
 TRL_PYTHON is the interpreter of an environment with `trl==1.16.0` and the same torch. Every arm is a process of its own, one
 at a time, on all cores. TRL's best is searched first, in few steps, over micro-batch x checkpointing; then preftune, TRL's best
 and TRL's whole padded batch alternate. Printed: the losses of every step beside each other, pairs per second by the median of
-the steps after the first, peak memory. `--profile long` is preftune sharing the prompt beside preftune with a copy per answer.
+the steps after the first, peak memory. `--profile long` is preftune sharing the prompt beside preftune with a copy per answer;
+`--smaller 512` runs preftune with micro-batches of at most 512 tokens too, beside the same.
 """
 
 from __future__ import annotations
@@ -24,20 +25,19 @@ Arm = dict[str, Any]
 
 
 def search(words: argparse.Namespace, folder: Path, batch: int) -> list[Arm]:
-    """TRL's arms over the grid; one that fails, by lack of memory for example, stays in it with the reason."""
+    """TRL's arms over the grid; one that fails, by lack of memory for example, stays in it with the reason. Of a grid of one
+    setting nothing is run."""
     sizes = words.sizes or range(batch, 0, -1)
     steps = min(rows.SEARCH, words.steps) + rows.WARM
-    return [
-        common.run_arm(
-            "sides:trl",
-            folder,
-            {"dtype": words.dtype, "batch": b, "accumulation": batch // b, "checkpointing": checkpointing, "steps": steps},
-            words.trl,
-        )
+    grid = [
+        {"dtype": words.dtype, "batch": b, "accumulation": batch // b, "checkpointing": checkpointing, "steps": steps}
         for checkpointing in ([False] if words.no_checkpointing else [False, True])
         for b in sizes
         if batch % b == 0
     ]
+    if len(grid) == 1:
+        return [{"how": grid[0]}]
+    return [common.run_arm("sides:trl", folder, how, words.trl) for how in grid]
 
 
 def rivals(words: argparse.Namespace, grid: list[Arm], batch: int) -> dict[str, dict[str, Any]]:
@@ -46,10 +46,10 @@ def rivals(words: argparse.Namespace, grid: list[Arm], batch: int) -> dict[str, 
     steps = words.steps + rows.WARM
     if words.profile == "long":
         return {"unshared": {"dtype": words.dtype, "tokens": words.tokens, "steps": steps, "share": False}}
-    ran = [arm for arm in grid if "median" in arm]
+    ran = [arm for arm in grid if "failed" not in arm]
     if not ran:
         sys.exit("TRL ran with none of the settings of the grid")
-    best = min(ran, key=lambda arm: arm["median"])["how"]
+    best = min(ran, key=lambda arm: arm.get("median", 0.0))["how"]
     found = {"TRL's best": {**best, "steps": steps}}
     for how in (arm["how"] for arm in ran):
         if how["batch"] == batch and not how["checkpointing"] and how != best:
@@ -80,10 +80,9 @@ def show(words: argparse.Namespace, runs: dict[str, list[Arm]], against: dict[st
         print(f"{n:4}", *(f"{loss:10.6f}" for loss in losses))
     for name, found in against.items():
         speed, peak = found["pairs_per_s"], found["peak_gb"]
-        if "batch" in found["how"]:
-            name += f", micro-batch of {found['how']['batch']}"
+        at_once = f", micro-batch of {found['how']['batch']}" if "batch" in found["how"] else ""
         print(
-            f"{words.profile}, {words.dtype}, against {name}: "
+            f"{words.profile}, {words.dtype}, {name}{at_once}: "
             f"{speed['preftune']:.2f} pairs/s against {speed['other']:.2f}, {found['ratio']:.2f}x; "
             f"{peak['preftune']:.2f} GB against {peak['other']:.2f}, {found['memory']:.2f}x; "
             f"losses differ by at most {found['largest_loss_difference']:.1e}"
@@ -98,21 +97,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=rows.STEPS, help="steps that are timed, after the first")
     parser.add_argument("--sizes", type=int, nargs="+", help="TRL's micro-batches that are tried; all divisors of the batch")
     parser.add_argument("--no-checkpointing", action="store_true", help="leave TRL's gradient checkpointing out of the search")
+    parser.add_argument("--smaller", type=int, nargs="+", default=[], help="preftune with so many tokens at once, too")
     words = parser.parse_args()
     folder = common.prepared(words, words.profile, words.steps + rows.WARM)
     batch = json.loads((folder / "settings.json").read_text())["batch"]
     grid = [] if words.profile == "long" else search(words, folder, batch)
     others = rivals(words, grid, batch)
-    runs: dict[str, list[Arm]] = {name: [] for name in ("preftune", *others)}
+    how = {"dtype": words.dtype, "tokens": words.tokens, "steps": words.steps + rows.WARM}
+    ours = {"preftune": how, **{f"{n} tokens at once": how | {"tokens": n} for n in words.smaller}}
+    runs: dict[str, list[Arm]] = {name: [] for name in (*ours, *others)}
     for _ in range(words.repeats):
-        how = {"dtype": words.dtype, "tokens": words.tokens, "steps": words.steps + rows.WARM}
-        runs["preftune"].append(common.run_arm("sides:preftune", folder, how))
-        for name, how in others.items():
-            trl = "tokens" not in how
-            side, python = ("sides:trl", words.trl) if trl else ("sides:preftune", sys.executable)
+        for name, how in {**ours, **others}.items():
+            side, python = ("sides:preftune", sys.executable) if "tokens" in how else ("sides:trl", words.trl)
             runs[name].append(common.run_arm(side, folder, how, python))
     runs = {name: ran for name, arms in runs.items() if (ran := [arm for arm in arms if "median" in arm])}
-    against = {name: compared(runs["preftune"], runs[name], batch) for name in others if name in runs}
+    against = {
+        f"{own} against {name}": compared(runs[own], runs[name], batch)
+        for own in ours
+        for name in others
+        if own in runs and name in runs
+    }
     show(words, runs, against)
     result = {"batch": batch, "against": against, "runs": runs, "grid": grid}
     trl = None if words.profile == "long" else words.trl
