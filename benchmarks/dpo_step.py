@@ -120,7 +120,8 @@ def main() -> None:
     show(words, runs, against)
     result = {"batch": batch, "against": against, "runs": runs, "grid": grid}
     trl = None if words.profile == "long" else words.trl
-    common.write(words, f"dpo_step-{words.profile}-{words.dtype}", result, trl)
+    name = "-".join(["dpo_step", words.profile, *(["smaller"] if words.smaller else []), words.dtype])
+    common.write(words, name, result, trl)
 
 
 if __name__ == "__main__":

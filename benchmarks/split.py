@@ -39,7 +39,7 @@ def sequences(shared: int, answers: int, groups: int, vocabulary: int) -> list[t
 def seconds(model: Any, trie: Any, device: Any) -> float:
     """Of one forward and backward of the layers."""
     from preftune.scoring.attention import Layout
-    from preftune.scoring.scorer import along
+    from preftune.scoring.backbone import along
 
     model.zero_grad(set_to_none=True)
     began = time.perf_counter()

@@ -77,6 +77,8 @@ def compare(folder: Path, how: dict[str, Any], repeats: int) -> dict[str, Any]:
             for arms in runs.values():
                 arm = common.run_arm("store_sweep:sweep", folder, {**how, "store": f"{place}/reference.sqlite"})
                 arms.append({**arm, "how": how})
+    if failed := [arm["failed"] for arms in runs.values() for arm in arms if "failed" in arm]:
+        return {**KINDS[how["kind"]], **runs, "failed": failed[0]}
     first, second = (statistics.median(arm["total"] for arm in arms) for arms in runs.values())
     differ = max(abs(a - b) for a, b in zip(*(arms[0]["losses"] for arms in runs.values()), strict=True))
     return {"ratio": first / second, **KINDS[how["kind"]], "largest_loss_difference": differ, **runs}
@@ -93,6 +95,9 @@ def main() -> None:
     for kind in words.kinds:
         how = {"dtype": words.dtype, "tokens": words.tokens, "steps": words.steps, "kind": kind}
         result[kind] = found = compare(folder, how, words.repeats)
+        if "failed" in found:
+            print(f"{kind}, {words.dtype}: {found['failed']}")
+            continue
         print(
             f"{kind}, {words.dtype}: {found['ratio']:.2f}x of at most {found['bound']:.2f}x (to reach: {found['at_least']}x); "
             f"losses differ by at most {found['largest_loss_difference']:.1e}"

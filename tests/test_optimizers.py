@@ -85,7 +85,7 @@ def test_the_trial_leaves_nothing_behind(name: Any, tokenizer: Any) -> None:
         for step in range(3):
             for n, p in enumerate(model.parameters()):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + n))
-            memory.step(optimizer, 1e-2)
+            optimizers.step_at(optimizer, 1e-2)
         ends.append(tiny.state(model))
     assert tiny.same(*ends)
 

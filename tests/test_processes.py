@@ -21,6 +21,7 @@ import tiny
 import torch
 from command import PAIRS, call, quietly, repeated, write_model, write_rows
 from safetensors.torch import load_file
+from test_trie import HEADS, ROPES, build
 from torch import Tensor
 
 import preftune
@@ -31,6 +32,7 @@ from preftune.errors import Refusal, RunFailed
 from preftune.keys import TrainKeys
 from preftune.runs import checkpoint, metrics
 from preftune.runs.conduct import _with_budget
+from preftune.scoring.parts import check_lengths, put_in_parts
 from preftune.scoring.plan import shares
 from preftune.training import estimate
 from preftune.training.memory import finer_if_needed
@@ -248,7 +250,7 @@ def test_other_verbs_are_one_process(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_shares_keep_groups_whole_and_balance_tokens() -> None:
     lengths = [(0, 9), (0, 5), (1, 4), (2, 12), (3, 3)]  # distinct tokens of the groups: 12, 4, 12, 3
-    sequences = [Rendered(group, n, (0,) * length, 2) for n, (group, length) in enumerate(lengths)]
+    sequences = [Rendered(group, n, (0, 0, *[n + 1] * (length - 2)), 2) for n, (group, length) in enumerate(lengths)]
     needs = [[n] for n in range(len(sequences))]
     assert shares(sequences, needs, 1) == [[0, 1, 2, 3, 4]]
     found = shares(sequences, needs, 2)
@@ -302,6 +304,38 @@ def test_what_is_in_parts_takes_a_part_of_the_memory(parallel: str, free: bool, 
     keys = resolve(TrainKeys, ["model=m", "data=d.jsonl", "method=dpo", f"train.parallel={parallel}"])
     with nullcontext() if free else pytest.raises(RunFailed, match=r"parameters, .* of them trained"):
         _with_budget(keys, model, torch.float32, passing=0)
+
+
+def test_every_process_has_the_budget_of_the_one_with_the_least_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts are made by each for itself, and have to be the same."""
+    model, free = tiny.model(), [4 * 10**9, 10**9, 2 * 10**9]
+    keys = resolve(TrainKeys, ["model=m", "data=d.jsonl", "method=dpo"])
+    found: list[int | None] = []
+    for rank, own in enumerate(free):
+        monkeypatch.setattr(estimate, "free_bytes", lambda device, own=own: own)
+
+        def gathered(value: int, rank: int = rank) -> list[int]:
+            return [value + other - free[rank] for other in free]
+
+        monkeypatch.setattr(processes, "gathered", gathered)
+        found.append(_with_budget(keys, model, torch.float32, passing=0).train.tokens_per_microbatch)
+    monkeypatch.setattr(processes, "gathered", lambda value: [value])
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: free[1])
+    assert found == [_with_budget(keys, model, torch.float32, passing=0).train.tokens_per_microbatch] * 3
+
+
+def test_layers_that_processes_would_gather_another_number_of_times_are_refused() -> None:
+    """Before anything is cut: of a model that runs response by response, and of rows that cannot go through one together."""
+    with pytest.raises(Refusal, match="CpmAntForCausalLM can only be run response by response") as refused:
+        put_in_parts(build("CpmAnt", HEADS["CpmAnt"][0]), torch.float32)
+    assert refused.value.key == "train.parallel"
+    for rope, lengths in (("longrope", [20, 33]), ("dynamic", [33, 34])):
+        model = build(*ROPES[rope])
+        check_lengths(model, [20, 32, 20])
+        check_lengths(model, [40, 40])
+        with pytest.raises(Refusal, match="at 32 tokens"):
+            check_lengths(model, lengths)
+    check_lengths(tiny.model(), [1, 10**6])
 
 
 def test_a_second_signal_stops_at_once_where_nobody_else_has_to(monkeypatch: pytest.MonkeyPatch) -> None:

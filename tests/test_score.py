@@ -16,11 +16,14 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from preftune.data.render import Batch, Rendered, render
 from preftune.errors import Refusal
+from preftune.methods.cut import cut
 from preftune.records import Group
+from preftune.scoring import plan, product
 from preftune.scoring.head import Head
-from preftune.scoring.plan import pack, padded_batches, shared_batches
-from preftune.scoring.score import score, score_logp
+from preftune.scoring.plan import answer_tokens, pack, padded_batches, shared_batches
+from preftune.scoring.score import passes, score, score_logp
 from preftune.scoring.scorer import Scorer
+from preftune.scoring.trie import grow
 
 GROUPS = [*tiny.pairs(4), tiny.pair("a", "bc", "zz"), tiny.pair("", "one", "the other")]
 
@@ -62,9 +65,12 @@ def test_equals_log_softmax_over_the_joined_ids(name: str, tokenizer: Any) -> No
         assert float((scores.token_logp[n].sum() - scores.logp[n]).detach().abs()) < tolerances.LOGP
 
 
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_values_and_gradients_do_not_depend_on_the_padding(name: str, tokenizer: Any) -> None:
+def test_values_and_gradients_do_not_depend_on_the_cut(name: str, share: bool, tokenizer: Any) -> None:
+    """Along a trie, and padded beside each other."""
     model = tiny.model(name)
+    scorer = Scorer(model, share=share)
     batch = render(GROUPS, tokenizer)
     weight = torch.linspace(-1, 1, len(batch))
     (torch.stack([e.sum() for e in by_hand(model, tokenizer, GROUPS)]) * weight).sum().backward()
@@ -72,7 +78,9 @@ def test_values_and_gradients_do_not_depend_on_the_padding(name: str, tokenizer:
     size = max(float(g.abs().max()) for g in expected.values())
     values: list[Tensor] = []
     for budget in (1, 60, 10**6):
-        logp = score(model, batch, tokens_per_microbatch=budget).logp
+        cut = passes(scorer, batch, [[row] for row in range(len(batch))], budget)
+        logp = torch.cat([scorer([batch.sequences[row] for row in rows]).logp for rows in cut])
+        logp = logp[torch.tensor([row for rows in cut for row in rows]).argsort()]
         (logp * weight).sum().backward()
         values.append(logp.detach())
         for key, gradient in gradients(model).items():
@@ -243,12 +251,90 @@ def test_shared_passes_are_about_equally_large() -> None:
     assert shared_batches(rows, needs, 200) == cut and shared_batches(rows, needs, 1) == [[g] for g in range(38, -1, -1)]
 
 
+def test_what_is_over_the_budget_stands_alone_and_changes_nothing_for_the_others() -> None:
+    rows = sequences(*((3, [5, 5]) for _ in range(8)), (3, [40, 5]))
+    needs = [(2 * g, 2 * g + 1) for g in range(9)]
+    assert shared_batches(rows, needs[:8], 26) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert shared_batches(rows, needs, 26) == [[8], [0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+@pytest.mark.parametrize("tail", [300, 340, 600, 1100])
+def test_many_rows_are_cut_in_a_few_tries(tail: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three, two or one of them in a pass, and with each a longer one than the budget."""
+    tries, right = list[int](), plan._balanced
+    monkeypatch.setattr(plan, "_balanced", lambda pieces, count: tries.append(count) or right(pieces, count))
+    rows = sequences(*((0, [tail + n % 7]) for n in range(600)), (0, [3000]))
+    cut = shared_batches(rows, [(n,) for n in range(601)], 1024)
+    assert sorted(n for own in cut for n in own) == list(range(601)) and cut[0] == [600]
+    least = 1 + 600 // max(1, 1024 // (tail + 6))
+    assert least <= len(cut) <= 1.05 * least + 1 and len(tries) < 20
+
+
+def test_the_beginning_of_another_answer_costs_nothing(tokenizer: Any) -> None:
+    """As ld_dpo has it: each answer of a pair, and the longer one cut to the length of the shorter."""
+    whole = [replace(s, group=0) for s in render(tiny.pairs(1), tokenizer).sequences]
+    both = [*whole, *(cut(s, min(w.length for w in whole)) for s in whole)]
+    assert len({s.ids for s in both}) == 3, "one of them is as it was"
+    tokens = len(grow([s.ids for s in both], 1).ids) - whole[0].start
+    assert answer_tokens(both, range(4)) == tokens == sum(s.length for s in whole)
+    assert answer_tokens(both, range(4), {0}) == whole[1].length and answer_tokens(both, range(4), {0, 1}) == 0
+    other = [replace(s, group=1) for s in both]
+    assert answer_tokens([*both, *other], range(8)) == 2 * tokens, "under another prompt nothing is shared"
+
+
 def test_padded_passes_keep_rows_of_like_length_together() -> None:
     rows = sequences((0, [5, 5]), (0, [20, 4]), (0, [6, 6]))
     needs = [(0, 1), (2, 3), (4, 5)]
     assert padded_batches(rows, needs, 40) == [[1], [2, 0]]
     assert padded_batches(rows, needs, 80) == [[1, 2], [0]]
     assert padded_batches(rows, needs, 1) == [[1], [2], [0]]
+
+
+# -- what a graph over several passes holds --------------------------------------------------------------------------------
+
+
+def test_passes_of_one_graph_share_what_may_be_kept(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    right = product.LinearLogp.forward
+
+    def watched(ctx: Any, *given: Any) -> Tensor:
+        kept.append(given[5] * len(given[1]))
+        return right(ctx, *given)
+
+    batch = render(GROUPS, tokenizer)
+    longest = max(s.length for s in batch.sequences) * tiny.VOCABULARY
+    monkeypatch.setattr(product, "KEPT", 2 * longest)
+    monkeypatch.setattr(product, "CPU_BLOCK", tiny.VOCABULARY)
+    monkeypatch.setattr(product, "FEWEST", 1)
+    monkeypatch.setattr(product.LinearLogp, "forward", staticmethod(watched))
+    for budget in (1, 10**6):
+        kept.clear()
+        score(model, batch, tokens_per_microbatch=budget).logp.sum().backward()
+        assert 0 < sum(kept) <= 2 * longest and (len(kept) > 3) == (budget == 1)
+
+
+def test_a_head_that_computes_again_has_no_dropout_then_either(tokenizer: Any) -> None:
+    """The backward pass of scores comes when the model is in training mode again."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    model: Any = get_peft_model(tiny.model("untied"), lora)
+    batch, found = render(GROUPS, tokenizer), list[dict[str, Tensor]]()
+    for training in (False, True):
+        model.train(training)
+        score(model, batch).logp.sum().backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_token_that_is_ruled_out_adds_no_entropy() -> None:
+    model = tiny.model("phi")
+    hidden = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = Head(model).logits(hidden)[:, 1:].double().softmax(-1)
+        model.lm_head.bias[0] = -torch.inf
+        entropy = Head(model).values(hidden, ("entropy",))["entropy"]
+    torch.testing.assert_close(entropy.double(), -(before * before.log()).sum(-1), atol=1e-5, rtol=0)
 
 
 # -- the scalar head --------------------------------------------------------------------------------------------------------

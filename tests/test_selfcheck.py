@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import weakref
@@ -18,8 +19,9 @@ import preftune
 from preftune.data.render import Batch, Rendered, render
 from preftune.errors import RunFailed
 from preftune.scoring import attention, exact, product, selfcheck, trie
-from preftune.scoring.scorer import Scorer, cannot_share
+from preftune.scoring.scorer import Scorer
 from preftune.scoring.selfcheck import Difference, check_path, check_start, difference, few, one_by_one, shortened
+from preftune.scoring.sharing import cannot_share
 
 pytestmark = pytest.mark.usefixtures("short_answers", "no_report")
 
@@ -63,12 +65,38 @@ def another_prompt_is_seen(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def heads_mixed_up_in_bf16(patch: pytest.MonkeyPatch) -> None:
+    """In code that no other precision runs."""
+    right = attention._products
+
+    def wrong(q: Any, k: Any, v: Any, *others: Any) -> Any:
+        return right(q, k.flip(1), v.flip(1), *others)
+
+    patch.setattr(attention, "_products", wrong)
+
+
+def one_answer_of_two_has_no_gradient(patch: pytest.MonkeyPatch) -> None:
+    """The first of a pair, in whatever order they come."""
+    right = Scorer.forward
+
+    def wrong(self: Any, rows: Any, want: Any = ()) -> Any:
+        found = right(self, rows, want)
+        first = torch.tensor([s.response == 0 for s in rows for _ in range(s.length)])
+        return replace(found, token_logp=torch.where(first, found.token_logp.detach(), found.token_logp))
+
+    patch.setattr(Scorer, "forward", wrong)
+
+
 FAULTS = (mask_off_by_one, positions_not_continued, head_forgets_a_chunk, another_prompt_is_seen)
 OF_SHARING = (mask_off_by_one, positions_not_continued, another_prompt_is_seen)
 
 
 @pytest.mark.parametrize(
-    ("fault", "dtype"), [*((fault, "float32") for fault in FAULTS), *((fault, "bfloat16") for fault in OF_SHARING)]
+    ("fault", "dtype"),
+    [
+        *((fault, "float32") for fault in (*FAULTS, one_answer_of_two_has_no_gradient)),
+        *((fault, "bfloat16") for fault in (*OF_SHARING, heads_mixed_up_in_bf16)),
+    ],
 )
 def test_a_planted_fault_stops_training_before_it_begins(
     fault: Any, dtype: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -76,8 +104,9 @@ def test_a_planted_fault_stops_training_before_it_begins(
     fault(monkeypatch)
     model = tiny.model()
     before = tiny.state(model)
+    groups = tiny.pairs(1 if fault is one_answer_of_two_has_no_gradient else 3)
     with pytest.raises(RunFailed, match=r"LlamaForCausalLM: .* differ by .*train\.sharing=off") as stopped:
-        preftune.fit(model, tokenizer, tiny.pairs(3), steps=1, dtype=dtype, eval_groups=[])
+        preftune.fit(model, tokenizer, groups, steps=1, dtype=dtype, eval_groups=[])
     assert stopped.value.code == "self_check" and tiny.same(before, tiny.state(model))
     assert "float32" in str(stopped.value) or dtype == "float32"
     assert "own copy" not in caplog.text, "nothing was scored"
@@ -384,3 +413,31 @@ def test_doctor_finds_planted_faults(
     said = call(capsys, "doctor", "model=m", "data=pairs.jsonl", "dtype=float32", "--quiet")
     assert said.code == 1 and "DIFFERENT" in said.err
     assert "preftune: not the same: answers together on a trie = one by one" in said.err
+
+
+def test_doctor_judges_a_start_as_a_run_does(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 a short answer may be off by more than the tolerance of a long one's tokens."""
+    monkeypatch.setitem(selfcheck.TOLERANCE, torch.bfloat16, 1e-9)
+    said = call(capsys, "doctor", "model=m", "data=pairs.jsonl", "adapter=prompt", "dtype=bfloat16", "--json")
+    assert said.code == 0, said.err
+    (start,) = [line for line in said.json["checks"] if "one by one" in line["check"] and "adapter" in line["check"]]
+    assert start["passed"] and start["values"] > 1e-9
+
+
+def test_doctor_names_free_memory_with_the_model_that_is_loaded(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preftune.runs.doctor.free_bytes", lambda device: 10**9)
+    said = call(capsys, "doctor", "model=m", "data=pairs.jsonl", "dtype=float32", "--json")
+    weights = sum(p.nbytes for p in tiny.model().parameters())
+    assert said.json["run"]["free_gb"] == pytest.approx(1 + weights / 1e9, abs=1e-9)
+
+
+def test_doctor_takes_a_reward_model_that_pads_with_its_end_token(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers reads a classifier before the tokens that pad, and an answer ends with one of them."""
+    config = json.loads((here / "m" / "config.json").read_text())
+    (here / "m" / "config.json").write_text(json.dumps(config | {"pad_token_id": config["eos_token_id"]}))
+    said = call(capsys, "doctor", "model=m", "data=pairs.jsonl", "dtype=float32", "method=reward", "--json")
+    assert said.code == 0, said.err

@@ -375,6 +375,24 @@ def test_a_rerun_of_a_config_begins_with_the_values_of_its_run(
     assert tree(tmp_path / "a") == before, "it is left as it was"
 
 
+def test_values_that_cannot_be_taken_over_are_scored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = write_model(tmp_path / "m"), write_rows(tmp_path / "d.jsonl", PAIRS[:4])
+    words = [f"model={model}", f"data={data}", f"eval_data={data}", "steps=1", "dtype=float32"]
+    assert call(capsys, "train", *words, f"out={tmp_path / 'a'}").code == 0
+
+    def full(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    said = call(capsys, "train", str(tmp_path / "a" / "config.yaml"), f"out={tmp_path / 'b'}")
+    assert said.code == 0 and "cannot be taken over, and are scored again: [Errno 28]" in said.err
+    lines = [json.loads((tmp_path / out / "metrics.jsonl").read_text()) for out in "ab"]
+    assert lines[0]["loss"] == lines[1]["loss"]
+
+
 # -- where it is --------------------------------------------------------------------------------------------------------------
 
 

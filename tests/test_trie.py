@@ -20,7 +20,8 @@ from preftune.errors import Refusal
 from preftune.models.adapters import add_adapter
 from preftune.models.options import AdapterOptions
 from preftune.scoring import attention, scorer, selfcheck
-from preftune.scoring.scorer import Scorer, cannot_share
+from preftune.scoring.scorer import Scorer
+from preftune.scoring.sharing import cannot_share
 from preftune.scoring.trie import Node, grow
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -213,7 +214,11 @@ def test_models_that_cannot_share_are_right_and_say_so_once(name: str, caplog: p
         found = score(sequences)
     (line,) = [r.message for r in caplog.records if r.name == "preftune"]
     assert why in line and "its own copy of the prompt" in line
-    torch.testing.assert_close(found.logp, one_by_one(plain, sequences), atol=tolerances.LOGP, rtol=0)
+    expected, weight = one_by_one(plain, sequences), torch.linspace(-1, 1, len(sequences))
+    torch.testing.assert_close(found.logp, expected, atol=tolerances.LOGP, rtol=0)
+    (found.logp * weight).sum().backward()
+    (expected * weight).sum().backward()
+    same_gradients(model, plain, tolerances.GRADIENT)
 
 
 def test_a_wrong_mask_is_found_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,16 +156,20 @@ class Tokens:
             "drawn": self.drawn,
         }
 
-    def steps(self, batch_size: int) -> tuple[int, int]:
-        """(steps of an epoch, tokens of its largest step), with each prompt once and groups in random order."""
+    def steps(self, batch_size: int) -> tuple[int, int, int]:
+        """(steps of an epoch, tokens of its largest step, of its largest row), with each prompt once and groups in random
+        order."""
         groups, _ = self._by_group()
         if not len(groups):
-            return 0, 0
-        rows = len(np.unique(np.array(self._row, np.int64)[self._kept_mask()]))
+            return 0, 0, 0
+        kept = self._kept_mask()
+        start, length, row = (np.array(values, np.int64)[kept] for values in (self._start, self._length, self._row))
+        _, first, place = np.unique(row, return_index=True, return_inverse=True)
+        largest = start[first] + np.bincount(place, length - start).astype(np.int64)
         order = np.random.default_rng(0).permutation(len(groups))
-        a_step = max(1, round(batch_size * len(groups) / rows))
+        a_step = max(1, round(batch_size * len(groups) / len(first)))
         sums = np.add.reduceat(groups[order], np.arange(0, len(groups), a_step))
-        return -(-rows // batch_size), int(sums.max())
+        return -(-len(first) // batch_size), int(sums.max()), int(largest.max())
 
     def _kept_mask(self) -> Bools:
         return np.frombuffer(bytes(self._kept), np.uint8) > 0

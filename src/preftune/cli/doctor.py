@@ -29,8 +29,9 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     from preftune.data.render import render
     from preftune.models.adapters import add_adapter, is_adapter, trainable_adapter
     from preftune.models.load import device, load_model
-    from preftune.models.reward import load_reward
+    from preftune.models.reward import load_reward, name_padding
     from preftune.models.size import check_layers
+    from preftune.models.weights import name_of
     from preftune.runs.doctor import examine, expect
     from preftune.runs.job import rows_of
     from preftune.training.options import TrainOptions
@@ -44,6 +45,8 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     packed = keys.adapter.type == "qlora"
     load = partial(load_reward if scalar else load_model, quantize=packed)
     model, _ = data.models(dtype, load=load)
+    if scalar:
+        name_padding(model, data.tokenizer)
     new_adapter = keys.adapter.type != "none"
     if new_adapter:
         model = add_adapter(model, keys.adapter, seed=keys.seed, tokenizer=data.tokenizer, dtype=dtype)
@@ -53,13 +56,14 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     method = methods.make(asked, beta=1.0)  # what it costs does not depend on it
     batch = method.rows(data.batch, partial(render, tokenizer=data.tokenizer, template=keys.data.template))
     options: Any = {"batch_size": keys.batch_size, "epochs": 1.0, "steps": None, "seed": keys.seed}
-    the_plan = plan(method.examples(batch.groups), learning_rate=1.0, options=TrainOptions(), **options)
-    steps = [rows_of(batch, examples) for _, examples in the_plan.batches]
+    examples = method.examples(batch.groups)
+    the_plan = plan(examples, learning_rate=1.0, options=TrainOptions(), **options)
+    steps, each = ([rows_of(batch, own) for own in cut] for cut in ((b for _, b in the_plan.batches), ([e] for e in examples)))
     known_by: Any = {"ref": data.refs[0], "store": keys.reference.store, "packed": packed}
     lines = examine(model, batch, steps[0], dtype=dtype, new_adapter=new_adapter, **known_by)
-    expected = expect(model, batch, steps, dtype=dtype, reference=method.needs_reference)
+    expected = expect(model, batch, steps, each, dtype=dtype, reference=method.needs_reference)
     healthy = all(line["passed"] for line in lines)
-    told = {"healthy": healthy, "method": method.name, "dtype": str(dtype).removeprefix("torch.")}
+    told = {"healthy": healthy, "method": method.name, "dtype": name_of(dtype)}
     result = {**told, "checks": lines, "run": expected}
     if not healthy or (not as_json and log.isEnabledFor(logging.INFO)):
         _print(result, keys.batch_size)

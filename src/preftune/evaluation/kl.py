@@ -11,10 +11,11 @@ import torch
 
 from preftune.errors import RunFailed
 from preftune.generation.sample import Sample
+from preftune.models.randomness import evaluation_mode
 from preftune.scoring.plan import pack
 from preftune.scoring.rope import Rope
 from preftune.scoring.score import default_budget
-from preftune.scoring.scorer import callable_itself, evaluation_mode
+from preftune.scoring.scorer import callable_itself
 
 
 def kl_per_response(

@@ -14,8 +14,8 @@ import torch
 
 from preftune.models.adapters import inside, virtual_tokens
 from preftune.models.load import max_positions
-from preftune.models.randomness import random_state_kept
-from preftune.scoring.scorer import callable_itself, evaluation_mode
+from preftune.models.randomness import evaluation_mode, random_state_kept
+from preftune.scoring.scorer import callable_itself
 
 log = logging.getLogger("preftune")
 

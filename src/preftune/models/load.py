@@ -20,7 +20,7 @@ from preftune.errors import Refusal
 from preftune.models.adapters import is_adapter, virtual_tokens
 from preftune.models.inspect import QUANTIZED, Facts, check_installed, facts, resolve, stored, stored_types
 from preftune.models.quantized import compute_in, is_quantized, note, settings
-from preftune.models.weights import copy_sharing
+from preftune.models.weights import copy_sharing, name_of
 
 log = logging.getLogger("preftune")
 
@@ -192,7 +192,7 @@ def save_model(
 def _say_precision(folder: Path, dtype: torch.dtype) -> None:
     """Of a model in parts the config says what its masters are, float32."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = name_of(dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

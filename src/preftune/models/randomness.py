@@ -1,9 +1,10 @@
-"""The states of torch's generators that computing on a device reads: the CPU's, and the device's own."""
+"""What a model draws: its dropout, and the states of torch's generators on a device, the CPU's and the device's own."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,3 +34,15 @@ def random_state_kept(device: torch.device) -> Generator[None]:
         yield
     finally:
         set_random_state(device, state)
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Generator[None]:
+    """Every dropout off for the time of the call, and afterwards each module as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

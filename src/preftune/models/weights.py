@@ -18,6 +18,11 @@ Model = TypeVar("Model", bound=nn.Module)
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As configs have it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def is_packed(parameter: Tensor) -> bool:
     """Whether several weights stand in one number: bitsandbytes' Params4bit, of any storage type."""
     return hasattr(parameter, "quant_state")

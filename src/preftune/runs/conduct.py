@@ -111,13 +111,17 @@ def conduct(setup: Setup) -> Run:
     from preftune.training.determinism import deterministic
 
     job = _job(setup)
+    if job.in_parts:
+        from preftune.scoring.parts import check_lengths  # FSDP2 takes a while to import
+
+        check_lengths(job.model, (len(s.ids) for batch in (job.train, job.held) for s in batch.sequences))
     out, earlier, started = setup.out if job.writes else None, setup.references.earlier, time.time()
     with _brought_to_an_end(out) as stop, ExitStack() as taken:
         if out and not setup.reopened:
             taken.enter_context(files.held(files.make(out, overwrite=job.keys.overwrite)))
             if earlier and earlier.is_file():
                 (out / "checkpoints").mkdir()
-                shutil.copyfile(earlier, out / "checkpoints" / OWN)
+                _take_over(earlier, out / "checkpoints" / OWN)
         environment = _open_folder(out, job.keys, setup) if out else {}
         try:
             repeated = deterministic(job.model.device) if job.keys.train.deterministic else nullcontext()
@@ -135,18 +139,29 @@ def conduct(setup: Setup) -> Run:
     return result
 
 
+def _take_over(earlier: Path, own: Path) -> None:
+    """The reference values of the run that this one repeats, where they can be had: they only save work."""
+    try:
+        shutil.copyfile(earlier, own)
+    except OSError as error:
+        own.unlink(missing_ok=True)
+        log.warning(f"{earlier}: its reference log-probabilities cannot be taken over, and are scored again: {error}")
+
+
 def _job(setup: Setup) -> Job:
     """The model in its precision, with its adapter; the budget; the stores."""
     from preftune.models.adapters import adapter_dropout_on, checkpointing_on
+    from preftune.models.weights import name_of
     from preftune.runs.job import Job
     from preftune.runs.reference import OWN
-    from preftune.scoring.scorer import check_recomputed, require_sharing
+    from preftune.scoring.scorer import check_recomputed
+    from preftune.scoring.sharing import require_sharing
     from preftune.scoring.store import Store, Stored
     from preftune.training.precision import DTYPES, default_dtype
 
     keys, references, kind = setup.keys, setup.references, setup.model.device.type
     dtype = DTYPES[keys.dtype] if keys.dtype else default_dtype(setup.model.device)
-    keys = keys.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    keys = keys.model_copy(update={"dtype": name_of(dtype)})
     model, new_adapter, again = _trainable(setup, dtype)
     if keys.train.kl_budget is not None and not (new_adapter or references.other or again):
         line = "the starting policy is gone once it trains: give fit a reference, such as a copy of it, or train an adapter"
@@ -184,13 +199,14 @@ def _trainable(setup: Setup, dtype: torch.dtype) -> tuple[Any, bool, Callable[[]
     import torch
 
     from preftune.models.adapters import add_adapter, frozen_copy, is_adapter, trainable_adapter
-    from preftune.models.weights import cast_parameters
+    from preftune.models.weights import cast_parameters, name_of
 
     model, keys, again = setup.model, setup.keys, setup.references.again
     if any(p.is_floating_point() and torch.finfo(p.dtype).bits < torch.finfo(dtype).bits for p in model.parameters()):
         # what is measured would have digits that the model in hand could not keep
-        held = str(dtype).removeprefix("torch.")
-        log.info(f"the model's weights are held in {held} from here on, the precision that it is trained and measured in")
+        log.info(
+            f"the model's weights are held in {name_of(dtype)} from here on, the precision that it is trained and measured in"
+        )
         cast_parameters(model, dtype)
     new_adapter = keys.adapter.type != "none"
     if new_adapter:
@@ -208,10 +224,11 @@ def _trainable(setup: Setup, dtype: torch.dtype) -> tuple[Any, bool, Callable[[]
 def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: int) -> TrainKeys:
     """With the token budget of a micro-batch that the free memory allows, where none is asked for."""
     from preftune.training.estimate import Estimate, free_bytes
+    from preftune.training.precision import reused_bytes
 
     own = free_bytes(model.device)
     if own is not None:
-        own += sum(p.nbytes for p in model.parameters()) + passing  # they are there already
+        own += reused_bytes(model, dtype) + passing  # they are there already
     free = min((free for free in processes.gathered(own) if free is not None), default=None)
     best = bool(keys.train.eval_every) and keys.train.keep_best
     reference, moving = methods.needs(keys.method).reference, bool(keys.reference.sync_steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from preftune.errors import RunFailed
 from preftune.models.adapters import adapter_off, gives_scalars, virtual_tokens
 from preftune.scoring.head import Head
 from preftune.scoring.score import score_logp
-from preftune.scoring.scorer import Scorer, Wrong, cannot_share
-from preftune.scoring.selfcheck import TOLERANCE, VALUES, Difference, check_start, difference, few, one_by_one, shortened
+from preftune.scoring.scorer import Scorer
+from preftune.scoring.selfcheck import VALUES, Difference, check_start, difference, few, one_by_one, shortened
+from preftune.scoring.sharing import Wrong, cannot_share
 from preftune.scoring.store import Store, Stored, open_store
-from preftune.training.estimate import Estimate, free_bytes, matrix_rate, step_tokens
+from preftune.training.estimate import Estimate, free_bytes, matrix_rate, pass_tokens, step_tokens
+from preftune.training.precision import reused_bytes
 
 
 def examine(
@@ -51,6 +54,8 @@ def examine(
     """
     chosen = few(model, batch, rows)
     sequences = shortened(model, [batch.sequences[row] for row in chosen])
+    cut = dict(zip(chosen, sequences, strict=True))
+    short = replace(batch, sequences=tuple(cut.get(row, own) for row, own in enumerate(batch.sequences)))
     shared, padded, chunked = Scorer(model), Scorer(model, share=False), Scorer(model)
     if isinstance(chunked.head, Head):
         chunked.head.entries, chunked.head.kept = 1, 0  # the fewest rows at once, and again in the backward pass
@@ -64,7 +69,7 @@ def examine(
 
     def against_reference() -> list[dict[str, Any]]:
         stored = _of_earlier_runs(model, batch, rows, dtype, open_store(store), new_adapter=new_adapter, ref=ref, packed=packed)
-        return [*stored, _start(model, batch, chosen, dtype, new_adapter=new_adapter)]
+        return [*stored, _start(model, short, chosen, dtype, new_adapter=new_adapter)]
 
     why = cannot_share(shared.inner)
     return [
@@ -75,7 +80,7 @@ def examine(
         against(
             "head in chunks = all logits at once", chunked, "" if chunked.head.plain else "the model's own head, in chunks"
         ),
-        _stored(model, batch, chosen, dtype),
+        _stored(model, short, chosen, dtype),
         *(against_reference() if not gives_scalars(model) else ()),  # a reward model has none
     ]
 
@@ -148,11 +153,22 @@ def _start(model: Any, batch: Batch, rows: list[int], dtype: torch.dtype, *, new
         worst = check_start(policy, reference, batch, rows, dtype=dtype)
     except RunFailed as error:
         return _line(name, False, None, error.message)
-    return _line(name, worst <= TOLERANCE[dtype], None) | {"values": worst}
+    return _line(name, True, None) | {"values": worst}
 
 
-def expect(model: Any, batch: Batch, steps: Sequence[Sequence[int]], *, dtype: torch.dtype, reference: bool) -> dict[str, Any]:
-    """Tokens, memory and time of a run whose steps need these rows, each once.
+def expect(
+    model: Any,
+    batch: Batch,
+    steps: Sequence[Sequence[int]],
+    examples: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype,
+    reference: bool,
+) -> dict[str, Any]:
+    """Tokens, memory and time of a run.
+
+    Args:
+        steps: the rows that each step needs. examples: those of each example, which no micro-batch cuts.
 
     Returns:
         `steps`, `tokens` of all steps as they are computed, `tokens_one_by_one` with a prompt for every response, `saved` (a
@@ -160,13 +176,15 @@ def expect(model: Any, batch: Batch, steps: Sequence[Sequence[int]], *, dtype: t
     """
     device, shares, before = model.device, Scorer(model).shares, virtual_tokens(model)
     sizes = [step_tokens(batch.sequences, rows, shares=shares, before=before) for rows in steps]
+    largest = max(pass_tokens(batch.sequences, rows, shares=shares, before=before) for rows in examples)
     alone = sum(step_tokens(batch.sequences, rows, shares=False, before=before) for rows in steps)
     tokens = sum(sizes)
     found = Estimate.of(model, dtype, best=False, reference=reference)
     free = free_bytes(device)
-    # the model is there already, and a part of what the run will hold
-    budget = found.tokens(None if free is None else free + sum(p.nbytes for p in model.parameters()))
-    peak = found.peak_bytes(budget, sizes)
+    if free is not None:  # the model is there already, and a part of what the run will hold
+        free += reused_bytes(model, dtype)
+    budget = found.tokens(free)
+    peak = found.peak_bytes(budget, sizes, largest)
     return {
         "steps": len(steps),
         "tokens": tokens,

@@ -95,7 +95,7 @@ def fit(
     check_moving(options.reference, data.method)
     methods.check_head(data.method, scalar=gives_scalars(model))
     folder = files.choose_out(str(out), data.method.label, overwrite=options.overwrite) if out is not None else None
-    if folder and methods.needs(data.method).scalar:
+    if methods.needs(data.method).scalar:
         name_padding(model, tokenizer)
     apply_template(tokenizer, options.data.template, [*data.train, *data.held])
     limit = longest(options.max_length, max_positions(model), options.adapter.virtual)

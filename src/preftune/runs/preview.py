@@ -32,7 +32,7 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
         cannot be built without its weights), `rows` (texts).
     """
     from preftune.runs.job import plan_of, rows_of
-    from preftune.training.estimate import step_tokens
+    from preftune.training.estimate import pass_tokens, step_tokens
 
     batch = rendered.train
     method = methods.make(keys.method, beta=keys.beta)
@@ -58,9 +58,11 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
     found = estimate_of(keys, evaluates=bool(rendered.held.groups))
     before = keys.adapter.virtual or facts(resolve(keys.model, "model"), "model").virtual
     steps = [rows_of(batch, own) for _, own in the_plan.batches]
-    sizes = [step_tokens(batch.sequences, rows, shares=keys.train.shares, before=before) for rows in steps]
+    how: Any = {"shares": keys.train.shares, "before": before}
+    sizes = [step_tokens(batch.sequences, rows, **how) for rows in steps]
+    largest = max(pass_tokens(batch.sequences, rows_of(batch, [example]), **how) for example in examples)
     unknown = dict.fromkeys(("fixed_gb", "memory_gb", "free_gb", "seconds", "tokens_per_microbatch"))
-    plan |= takes(keys, found, sizes, sum(sizes)) if found else unknown
+    plan |= takes(keys, found, sizes, largest, sum(sizes)) if found else unknown
     plan["rows"] = [_row(example, method.roles(example), batch, tokenizer) for example in examples[:ROWS]]
     for row in plan["rows"]:
         log.info(row)
@@ -96,11 +98,11 @@ def estimate_of(keys: TrainKeys, *, evaluates: bool) -> Estimate | None:
         return None
 
 
-def takes(keys: TrainKeys, found: Estimate, sizes: list[int], tokens: int) -> dict[str, Any]:
+def takes(keys: TrainKeys, found: Estimate, sizes: list[int], largest: int, tokens: int) -> dict[str, Any]:
     """Memory and time, said.
 
     Args:
-        sizes: tokens of each step, or of the largest. tokens: of all steps.
+        sizes: tokens of each step, or of the largest. largest: of one example. tokens: of all steps.
     """
     from preftune.models.load import device
     from preftune.training.estimate import free_bytes, matrix_rate
@@ -108,7 +110,7 @@ def takes(keys: TrainKeys, found: Estimate, sizes: list[int], tokens: int) -> di
 
     free, fixed = free_bytes(device()), found.fixed_bytes
     budget = keys.train.tokens_per_microbatch or found.tokens(free)
-    peak = found.peak_bytes(budget, sizes)
+    peak, most = found.peak_bytes(budget, sizes, largest), max(largest, min(budget, max(sizes)))
     seconds = found.seconds(tokens, matrix_rate(DTYPES[keys.dtype] if keys.dtype else default_dtype(device()), device()))
     weights = (
         f"{fixed / 1e9:.3g} for {found.parameters:,} parameters, {found.trained:,} of them trained, with float32 gradients and "
@@ -119,7 +121,7 @@ def takes(keys: TrainKeys, found: Estimate, sizes: list[int], tokens: int) -> di
     else:
         log.info(
             f"memory: about {peak / 1e9:.3g} GB{f' of {free / 1e9:.3g} free' if free else ''}: {weights}, and "
-            f"{found.token_bytes / 1e6:.2g} MB per token of a micro-batch, at most {min(budget, max(sizes)):,} tokens; "
+            f"{found.token_bytes / 1e6:.2g} MB per token of a micro-batch, at most {most:,} tokens; "
             "gradients come as activations go"
         )
     log.info(f"time: about {duration(seconds)} for the steps, at half the rate of one matrix product on this machine")

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,8 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from preftune.data.render import Rendered
 from preftune.errors import Refusal
 from preftune.models.adapters import gives_scalars
+from preftune.models.randomness import evaluation_mode
 from preftune.scoring import product
-from preftune.scoring.product import entries_on, logp_of_product, rows_at_once
+from preftune.scoring.backbone import backbone
+from preftune.scoring.product import AddedProduct, entries_on, logp_of_product, rows_at_once
 
 log = logging.getLogger("preftune")
 
@@ -56,13 +59,20 @@ class Head:
         weight = getattr(self.output, "weight", None)
         device = next(model.parameters()).device if weight is None else weight.device
         self.entries, self.kept = entries_on(device), product.KEPT
-        # gives the tensor that a plain head's weight gradient is added to in the backward pass; None: autograd gets it
+        # gives the tensor that the gradient of the weight of `layer` is added to in the backward pass; None: autograd gets it
         self.into: Callable[[], Tensor] | None = None
         if not self.plain and model not in _SAID:
             _SAID.add(model)
             how = "the head cannot be run by itself: the logits of all tokens are computed, response by response"
             own = "the head is more than one matrix product: it is run by the model's own code, a chunk at a time"
             log.info(f"{type(model).__name__}: {how if self.shell is None else own}")
+
+    @property
+    def layer(self) -> nn.Linear | None:
+        """The one trained matrix product of a head that can be run by itself, also inside peft's wrapper of a saved module."""
+        inside = self.output.modules() if self.shell is not None and self.output is not None else ()
+        trained = [module for module in inside if type(module) is nn.Linear and module.weight.requires_grad]
+        return trained[0] if len(trained) == 1 else None
 
     @staticmethod
     def asked(sequence: Rendered) -> list[tuple[int, int]]:
@@ -88,9 +98,10 @@ class Head:
             return logp_of_product(hidden.to(weight.dtype), weight, bias, targets, **how)
         parts: list[Tensor] = []
         rows = self._rows(hidden)
+        logp = self._logp if self.output is None or self.output.training else self._logp_without_dropout
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
             graph = torch.is_grad_enabled()
-            parts.append(checkpoint(self._logp, h, t, use_reentrant=False) if graph else self._logp(h, t))  # pyright: ignore
+            parts.append(checkpoint(logp, h, t, use_reentrant=False) if graph else logp(h, t))  # pyright: ignore
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
     def values(self, hidden: Tensor, want: tuple[Value, ...]) -> dict[Value, Tensor]:
@@ -100,23 +111,45 @@ class Head:
             for h in hidden.split(self._rows(hidden)):
                 log_p = torch.log_softmax(self.logits(h).float(), -1)
                 if "entropy" in found:
-                    found["entropy"].append(-(log_p.exp() * log_p).sum(-1))
+                    found["entropy"].append(torch.special.entr(log_p.exp()).sum(-1))  # 0 of a token that is ruled out
                 if "top1" in found:
                     found["top1"].append(log_p.argmax(-1))
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V], by the model's own forward. Of a model whose backbone cannot be told apart, `hidden` are its logits."""
-        return hidden if self.shell is None else self.shell(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        if self.shell is None:
+            return hidden
+        with self._adding() if torch.is_grad_enabled() else nullcontext():
+            return self.shell(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+    @contextmanager
+    def _adding(self) -> Generator[None]:
+        """Inside, the head's product adds its weight gradient to what `into` gives: else every chunk would make a tensor of the
+        weight's size for it."""
+        layer, into = self.layer, self.into
+        if layer is None or into is None:
+            yield
+            return
+        layer.forward = lambda x: AddedProduct.apply(x, layer.weight, layer.bias, into)  # pyright: ignore
+        try:
+            yield
+        finally:
+            del layer.forward
+
+    def _logp_without_dropout(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """It runs again in the backward pass, when the model may be in training mode once more."""
+        with evaluation_mode(self.output):
+            return self._logp(hidden, targets)
 
     def _logp(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(hidden).float()
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
     def _rows(self, hidden: Tensor) -> int:
-        """How many positions at once."""
+        """How many positions at once, by code that holds several tensors of all their logits."""
         weight = getattr(self.output, "weight", None)
-        return rows_at_once(hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0], self.entries)
+        return rows_at_once(hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0], self.entries // 4)
 
     def _runs(self, model: Any) -> bool:
         """Whether the model's own forward takes hidden states. They may be of another width than those of its last product."""
@@ -218,22 +251,6 @@ class _HandThrough(nn.Module):
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Handed:
         return _Handed(inputs_embeds)
-
-
-def backbone(model: Any) -> Any:
-    """The model without its head: the module that holds the input embeddings; None where there is none."""
-    candidates = (model.get_decoder(), *(getattr(model, name, None) for name in (model.base_model_prefix, "model")))
-    table, inside = model.get_input_embeddings(), _inside(model)
-
-    def is_body(candidate: Any) -> bool:
-        within = any(candidate is inner for inner in inside)
-        return within and any(table is inner for inner in candidate.modules())
-
-    return next((candidate for candidate in candidates if is_body(candidate)), None)
-
-
-def _inside(model: Any) -> list[nn.Module]:
-    return [inner for child in model.children() for inner in child.modules()]
 
 
 def _without(model: Any, body: nn.Module) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from preftune.data.render import Rendered
+
+FINER = 32  # of so many passes that do not hold the items, one more is tried at a time; of twice as many two, and so on
 
 
 def shared_batches(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
@@ -24,22 +26,37 @@ def shared_batches(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]]
         start = sequences[needs[items[0]][0]].start
         tokens, piece, inside = start, list[int](), set[int]()
         for item in items:
-            more = sum(len(sequences[row].ids) - start for row in set(needs[item]) - inside)
+            more = answer_tokens(sequences, needs[item], inside)
             if piece and tokens + more > budget:
                 pieces.append((tokens, piece))
                 tokens, piece, inside = start, [], set()
-                more = sum(len(sequences[row].ids) - start for row in set(needs[item]))
+                more = answer_tokens(sequences, needs[item])
             tokens += more
             piece.append(item)
             inside.update(needs[item])
         pieces.append((tokens, piece))
     pieces.sort(key=lambda piece: (-piece[0], piece[1]))
-    passes = -(-sum(tokens for tokens, _ in pieces) // budget)
-    while True:
-        bins = _balanced(pieces, passes)
-        if passes >= len(pieces) or max(tokens for tokens, _ in bins) <= budget:
-            return [items for _, items in sorted(bins, key=lambda full: (-full[0], full[1])) if items]
-        passes += 1
+    # a single item over the budget has a pass of its own, and the others are cut as if it were not there
+    alone = [piece for piece in pieces if piece[0] > budget]
+    rest, bins = pieces[len(alone) :], list[tuple[int, list[int]]]()
+    passes = max(-(-sum(tokens for tokens, _ in rest) // budget), sum(2 * tokens > budget for tokens, _ in rest))
+    while rest and max(bins := _balanced(rest, passes))[0] > budget:
+        passes += max(1, passes // FINER)
+    return [items for _, items in sorted([*alone, *bins], key=lambda full: (-full[0], full[1])) if items]
+
+
+def answer_tokens(sequences: Sequence[Rendered], rows: Collection[int], inside: Collection[int] = ()) -> int:
+    """Distinct tokens of some answers beyond their prompts, without those of the rows that are `inside` already. An answer that
+    is the beginning of another under its prompt has none of its own."""
+    order = sorted(set(rows), key=lambda row: (sequences[row].group, sequences[row].ids), reverse=True)
+    tokens = 0
+    for before, row in zip([None, *order], order, strict=False):
+        own = sequences[row]
+        longer = sequences[before] if before is not None else None  # in this order what begins like it comes just before it
+        begins = longer is not None and longer.group == own.group and longer.ids[: len(own.ids)] == own.ids
+        if not begins and row not in inside:
+            tokens += len(own.ids) - own.start
+    return tokens
 
 
 def shares(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]], processes: int) -> list[list[int]]:
@@ -50,8 +67,7 @@ def shares(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]], proces
     pieces: list[tuple[int, list[int]]] = []
     for items in _by_group(sequences, needs):
         distinct = {row for item in items for row in needs[item]}
-        start = sequences[needs[items[0]][0]].start
-        pieces.append((start + sum(len(sequences[row].ids) - start for row in distinct), items))
+        pieces.append((sequences[needs[items[0]][0]].start + answer_tokens(sequences, distinct), items))
     pieces.sort(key=lambda piece: (-piece[0], piece[1]))
     return [sorted(items) for _, items in sorted(_balanced(pieces, processes), key=lambda full: (-full[0], full[1]))]
 

@@ -153,6 +153,26 @@ class LinearLogp(Function):
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
 
 
+class AddedProduct(Function):
+    """W x + b of each row, inside a head that is more than that. With the gradient g [..., V] of it, g^T x is added to the
+    tensor that `into` gives, and autograd has none of W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, into: Callable[[], Tensor]) -> Tensor:
+        ctx.into = into
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        (g,) = gradients
+        rows = g.flatten(0, -2)
+        _add_product(ctx.into(), rows.T, x.flatten(0, -2))
+        return g @ weight, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
 def _blocks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: int, kept: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from preftune import processes
 from preftune.data.render import Batch
 from preftune.errors import Refusal
+from preftune.models.randomness import evaluation_mode
 from preftune.scoring.head import Kind
 from preftune.scoring.plan import padded_batches, shared_batches
-from preftune.scoring.scorer import Scorer, evaluation_mode, scorer_of
+from preftune.scoring.scorer import Scorer, scorer_of
 from preftune.scoring.selfcheck import check_finite
 
 Want = Literal["token_logp", "entropy", "top1"]

@@ -16,9 +16,12 @@ from torch import Tensor
 from preftune.data.render import Batch, Rendered
 from preftune.errors import RunFailed
 from preftune.models.adapters import gives_scalars
+from preftune.models.randomness import evaluation_mode
+from preftune.models.weights import name_of
 from preftune.scoring import exact
 from preftune.scoring.rope import Rope
-from preftune.scoring.scorer import Scorer, Wrong, cannot_share, evaluation_mode
+from preftune.scoring.scorer import Scorer
+from preftune.scoring.sharing import Wrong, cannot_share
 
 log = logging.getLogger("preftune")
 
@@ -30,6 +33,7 @@ STEP = {torch.float32: 0.0, torch.bfloat16: 0.25}
 # of another order of the same sums: nats per token, and the gradient's distance as a share of its length
 VALUES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 GRADIENTS = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+FARTHER = 3.0  # times as far from float32's gradient as the model's own in the same precision, that is rounding as well
 WATCHED = 2**22  # most entries of the parameters whose gradients are compared
 WORK = {"cpu": 2e11, "cuda": 1e14}  # multiplications and additions that a few seconds hold
 
@@ -87,21 +91,29 @@ class Difference:
 
     values: largest difference, nats per token; of a reward model's numbers as they are. gradients: of a weighted sum of all of
     them with respect to the smallest trained parameters, as a share of its length. rounded: what it was in the model's own
-    precision, where that was beyond the tolerance and the same was done in float32. untried: why float32 could not be tried;
-    gradients decide then.
+    precision, where that was beyond the tolerance and the same was done in float32; farther: how many times as far from
+    float32's gradient the path lay there as the model's own forward pass. untried: why float32 could not be tried; gradients
+    decide then.
     """
 
     values: float
     gradients: float
     dtype: torch.dtype
     rounded: Difference | None = None
+    farther: float = 0.0
     untried: str | None = None
+
+    @classmethod
+    def of(cls, ours: _Scored, plain: _Scored, dtype: torch.dtype) -> Difference:
+        """Of one way to score the same rows from another one."""
+        return cls(float((ours.values - plain.values).abs().max()), _apart(ours, plain), dtype)
 
     @property
     def small(self) -> bool:
-        """Whether it is that of sums in another order; False for NaN too."""
+        """Whether it is that of sums in another order; False for NaN too. What float32 does not show may be a fault all the
+        same, of code that runs in the lower precision alone."""
         values = math.isfinite(self.values) if self.untried else self.values <= VALUES[self.dtype]
-        return values and self.gradients <= GRADIENTS[self.dtype]
+        return values and self.gradients <= GRADIENTS[self.dtype] and self.farther <= FARTHER
 
     def __str__(self) -> str:
         line = (
@@ -110,29 +122,46 @@ class Difference:
         )
         if self.untried:
             return f"{line}; gradients decide whether that is rounding: {self.untried}"
-        return line if self.rounded is None else f"{line} in float32, where in {_name(self.rounded.dtype)} by {self.rounded}"
+        if self.rounded is None:
+            return line
+        low = f"{line} in float32, where in {name_of(self.rounded.dtype)} by {self.rounded}"
+        return f"{low}, {self.farther:.2g} times as far from float32 as the model's own ({FARTHER:g})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """values: [R] nats per token. slopes: the gradient of their weighted sum, of each parameter that is watched."""
+
+    values: Tensor
+    slopes: list[Tensor]
 
 
 def difference(model: Any, sequences: Sequence[Rendered], path: Path, *, dtype: torch.dtype) -> Difference:
     """How far a path's values and gradients lie from `one_by_one`. Gradients that are there already stay as they are.
 
     In bfloat16 the logits of one token are off by a tenth of a nat, and layers that choose their experts choose others: where
-    a sound model can be beyond the tolerance the same is done in float32, which decides.
+    a sound model can be beyond the tolerance the same is done in float32, which decides, and the path in bfloat16 may not lie
+    much farther from that than the model's own forward pass in bfloat16.
     """
-    found = _measured(model, sequences, path, dtype)
+    ours, plain = _both(model, sequences, path)
+    found = Difference.of(ours, plain, dtype)
     if found.small or dtype == torch.float32 or not math.isfinite(found.values):
         return found
     try:
         with exact.in_float32(model):
-            return replace(_measured(model, sequences, path, torch.float32), rounded=found)
+            path_itself, true = _both(model, sequences, path)
     except exact.Untried as cannot:
         return replace(found, untried=str(cannot))
+    farther = _apart(ours, true) / max(_apart(plain, true), GRADIENTS[dtype])
+    return replace(Difference.of(path_itself, true, torch.float32), rounded=found, farther=farther)
 
 
-def _measured(model: Any, sequences: Sequence[Rendered], path: Path, dtype: torch.dtype) -> Difference:
+def _both(model: Any, sequences: Sequence[Rendered], path: Path) -> tuple[_Scored, _Scored]:
+    """By the path, and one by one."""
     watched = _watched(model)
     length = torch.tensor([1.0 if gives_scalars(model) else float(s.length) for s in sequences])
-    factor = torch.linspace(-1.0, 1.0, len(sequences) + 1)[1:] / length  # all different: none stands for another
+    signs = torch.tensor([1.0, -1.0]).repeat(len(sequences))[: len(sequences)]
+    factor = signs * torch.linspace(0.5, 1.0, len(sequences)) / length  # all different: none stands for another
 
     def scored(way: Path, rows: Sequence[Rendered], factors: Tensor) -> tuple[Tensor, list[Tensor]]:
         logp = way(rows)
@@ -141,22 +170,27 @@ def _measured(model: Any, sequences: Sequence[Rendered], path: Path, dtype: torc
         return logp.detach().float().cpu(), [g.float() for g in slopes]
 
     with torch.enable_grad(), evaluation_mode(model):
-        other, ours = scored(path, sequences, factor)
+        values, slopes = scored(path, sequences, factor)
+        ours = _Scored(values / length, slopes)
         # response by response: all logits of one are held at once, and the gradients of a sum add
-        plain: list[Tensor] = []
-        apart = [-g for g in ours]
-        true = [torch.zeros_like(g) for g in ours]
+        each: list[Tensor] = []
+        sums = [torch.zeros_like(g) for g in slopes]
         for n, s in enumerate(sequences):
             logp, slopes = scored(lambda rows: one_by_one(model, rows), [s], factor[n : n + 1])
-            plain.append(logp)
-            apart = [a + g for a, g in zip(apart, slopes, strict=True)]
-            true = [t + g for t, g in zip(true, slopes, strict=True)]
-    size, off = (float(torch.stack([g.norm().cpu() for g in gs]).norm()) if gs else 0.0 for gs in (true, apart))
-    return Difference(float(((torch.cat(plain) - other).abs() / length).max()), off / max(size, 1e-12), dtype)
+            each.append(logp)
+            sums = [total + g for total, g in zip(sums, slopes, strict=True)]
+    return ours, _Scored(torch.cat(each) / length, sums)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _apart(a: _Scored, b: _Scored) -> float:
+    """The distance of two gradients, as a share of the length of the second; 0 where nothing is watched."""
+    if not b.slopes:
+        return 0.0
+    off, size = (
+        float(torch.stack([g.norm().cpu() for g in gs]).norm())
+        for gs in ([x - y for x, y in zip(a.slopes, b.slopes, strict=True)], b.slopes)
+    )
+    return off / max(size, 1e-12)
 
 
 def one_by_one(model: Any, sequences: Sequence[Rendered]) -> Tensor:

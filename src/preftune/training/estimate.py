@@ -19,7 +19,8 @@ from preftune.data.render import Rendered
 from preftune.models.adapters import inside, virtual_tokens
 from preftune.models.load import max_positions
 from preftune.models.weights import count, frozen_bytes
-from preftune.scoring.head import backbone
+from preftune.scoring.backbone import backbone
+from preftune.scoring.plan import answer_tokens
 from preftune.scoring.product import KEPT
 from preftune.scoring.score import default_budget
 from preftune.training.optimizers import state_bytes
@@ -114,18 +115,18 @@ class Estimate:
         """For so many tokens of training steps, at the `matrix_rate` of a machine."""
         return tokens * self.operations / (EFFICIENCY * rate)
 
-    def peak_bytes(self, budget: int, sizes: Iterable[int]) -> int | None:
-        """With micro-batches of at most `budget` tokens, about equal ones of each step, of steps of so many tokens. In a step's
-        only micro-batch there is no gradient yet when the activations are most."""
+    def peak_bytes(self, budget: int, sizes: Iterable[int], largest: int) -> int | None:
+        """With micro-batches of at most `budget` tokens, about equal ones of each step, of steps of so many tokens; an example
+        of more, up to `largest` tokens, cannot be cut. In a step's only micro-batch there is no gradient yet when the
+        activations are most."""
         each = self.token_bytes
         if each is None:
             return None
 
         def passing(size: int) -> int:
-            passes = math.ceil(size / budget)
-            longest = math.ceil(size / passes)
+            longest = max(math.ceil(size / math.ceil(size / budget)), min(size, largest))
             kept = each * longest + min(self.scored_bytes * longest, 4 * KEPT)
-            return kept - min(self.late_bytes, kept) * (passes == 1)
+            return kept - min(self.late_bytes, kept) * (longest == size)
 
         return self.fixed_bytes + max(map(passing, sizes)) + BESIDE
 
@@ -269,8 +270,7 @@ def step_tokens(sequences: Sequence[Rendered], rows: Sequence[int], *, shares: b
 def pass_tokens(sequences: Sequence[Rendered], rows: Sequence[int], *, shares: bool, before: int = 0) -> int:
     """Tokens of the micro-batch of these rows: a group's prompt once, or every row padded to the longest. `before`: virtual
     tokens, once, or in front of every row."""
-    lengths = [len(sequences[row].ids) for row in rows]
     if not shares:
-        return len(rows) * (before + max(lengths))
+        return len(rows) * (before + max(len(sequences[row].ids) for row in rows))
     starts = {sequences[row].group: sequences[row].start for row in rows}
-    return before + sum(starts.values()) + sum(length - sequences[row].start for row, length in zip(rows, lengths, strict=True))
+    return before + sum(starts.values()) + answer_tokens(sequences, rows)

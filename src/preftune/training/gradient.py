@@ -22,10 +22,10 @@ from torch import Tensor
 
 from preftune import processes
 from preftune.data.render import Batch
-from preftune.models.randomness import random_state, set_random_state
+from preftune.models.randomness import evaluation_mode, random_state, set_random_state
 from preftune.scoring.plan import shares
 from preftune.scoring.score import passes
-from preftune.scoring.scorer import PassScores, Scorer, evaluation_mode
+from preftune.scoring.scorer import PassScores, Scorer
 from preftune.training.method import Example, ExampleScores, Method
 
 
@@ -110,7 +110,8 @@ def backward(scorer: Scorer, step: Step) -> tuple[dict[str, float], int]:
     own part of that sum.
 
     Returns:
-        The mean loss and metrics, and how many tokens went through the model, of all processes.
+        The mean loss and metrics, and how many tokens the step's gradient and baseline took, each pass's own; of a loss in two
+        passes those of the second. Of all processes.
     """
     baseline, tokens = _baseline(scorer, step)
     passed = _one_pass if step.method.separable or sum(map(len, step.cuts)) == 1 else _two_passes

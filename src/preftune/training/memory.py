@@ -19,7 +19,7 @@ from preftune.scoring.scorer import Scorer
 from preftune.training.estimate import pass_tokens
 from preftune.training.gradient import Step
 from preftune.training.method import Example, Method
-from preftune.training.optimizers import forget
+from preftune.training.optimizers import forget, step_at
 
 log = logging.getLogger("preftune")
 
@@ -41,8 +41,9 @@ def keep_freed_memory() -> None:
     mapped, zeroed by the kernel and unmapped again: up to half of a small model's step. Nothing happens elsewhere."""
     if torch.cuda.is_available():
         return
-    for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-        _of_glibc("mallopt", setting, 2**31 - 1)
+    # older versions take no more than half of a heap; to set the other alone would end what glibc does by itself
+    if any(_of_glibc("mallopt", _M_MMAP_THRESHOLD, size) for size in (2**31 - 1, 2**25)):
+        _of_glibc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_freed_back() -> None:
@@ -50,10 +51,10 @@ def give_freed_back() -> None:
     _of_glibc("malloc_trim", 0)
 
 
-def _of_glibc(name: str, *given: int) -> None:
+def _of_glibc(name: str, *given: int) -> int:
+    """What it gives back: 0 where it did nothing, or is not there (musl has none)."""
     call = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-    if call is not None:  # musl has none
-        call(*given)
+    return 0 if call is None else call(*given)
 
 
 def fits(
@@ -86,7 +87,7 @@ def fits(
     with random_state_kept(scorer.device):
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.zeros_like(parameter)
-        step(optimizer, 0.0)  # makes the state
+        step_at(optimizer, 0.0)  # makes the state
         forget(optimizer)
         optimizer.zero_grad(set_to_none=True)
         least = indivisible(scorer, batch, (e for examples in batches for e in examples))
@@ -132,10 +133,3 @@ def indivisible(scorer: Scorer, batch: Batch, examples: Iterable[Example]) -> in
     """Tokens of the largest example: no micro-batch can be cut below it."""
     rows = ([batch.index(e.group, r) for r in e.read] for e in examples)
     return max(pass_tokens(batch.sequences, own, shares=scorer.shares, before=scorer.before) for own in rows)
-
-
-def step(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """One step at this learning rate."""
-    for settings in optimizer.param_groups:
-        settings["lr"] = rate
-    optimizer.step()

@@ -49,3 +49,10 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
         for key, value in own.items():
             if key not in SHARED:
                 own[key] = value.zero_() if isinstance(value, Tensor) else 0
+
+
+def step_at(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One step at this learning rate."""
+    for settings in optimizer.param_groups:
+        settings["lr"] = rate
+    optimizer.step()

@@ -34,7 +34,7 @@ class TrainOptions(BaseModel):
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(default=2, description="Newest checkpoints kept.")
     tokens_per_microbatch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="Most distinct tokens of one pass; changes memory and speed, never the result. Default: by free memory.",
+        description="Most distinct tokens of one pass: memory and speed, but for rounding no result. Default: by free memory.",
     )
     parallel: Parallel = Field(
         default="replicate",

@@ -74,8 +74,9 @@ class Weights:
         own gradients never stand in memory together.
 
         Args:
-            head: of the compute copy. Where it can, it adds to its master's gradient block by block, so that no micro-batch
-                makes another tensor of the weight's size; what else the weight is used for adds to the same.
+            head: of the compute copy. Where it is one matrix product, and what comes after that, it adds to its master's
+                gradient block by block, so that no micro-batch makes another tensor of the weight's size; what else the weight
+                is used for adds to the same.
         """
 
         def into(master: Tensor) -> Callable[[Tensor], None]:
@@ -95,15 +96,16 @@ class Weights:
 
         pairs = list(zip(self.masters, (used for _, used in self._trained), strict=True))
         hooks = [used.register_post_accumulate_grad_hook(into(master)) for master, used in pairs if used is not master]
-        plain = head if isinstance(head, Head) and head.plain and not self.in_parts else None
-        master = next((master for master, used in pairs if plain and used is plain.output.weight), None)
+        own = head if isinstance(head, Head) and not self.in_parts else None
+        layer = own.layer if own else None
+        master = next((master for master, used in pairs if layer and used is layer.weight), None)
         try:
-            if plain and master is not None:
-                plain.into = partial(_gradient_of, master)
+            if own and master is not None:
+                own.into = partial(_gradient_of, master)
             yield
         finally:
-            if plain:
-                plain.into = None
+            if own:
+                own.into = None
             for hook in hooks:
                 hook.remove()
 
@@ -136,12 +138,20 @@ def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model itself where all its parameters have this precision, else a copy that has it. Frozen parameters that
     have it already, or are packed, are shared, not copied: the base under an adapter."""
 
-    def has(parameter: nn.Parameter) -> bool:
-        return parameter.dtype == dtype or not parameter.is_floating_point() or is_packed(parameter)
-
-    if all(has(p) for p in model.parameters()):
+    if all(_has(p, dtype) for p in model.parameters()):
         return model
-    return cast_parameters(copy_sharing(model, lambda p: has(p) and not p.requires_grad), dtype)
+    return cast_parameters(copy_sharing(model, lambda p: _has(p, dtype) and not p.requires_grad), dtype)
+
+
+def reused_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Of a model's parameters those that a run of `dtype` goes on with. Not those frozen ones of which `in_precision` makes a
+    copy: they stay beside it, the caller's."""
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad or _has(p, dtype))
+
+
+def _has(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    """Whether it is computed with as it is."""
+    return parameter.dtype == dtype or not parameter.is_floating_point() or is_packed(parameter)
 
 
 def gradient_norm(masters: list[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from preftune.scoring.scorer import scorer_of
 from preftune.training import optimizers
 from preftune.training.gradient import Step, backward
 from preftune.training.guards import written
-from preftune.training.memory import finer_if_needed, fits, indivisible, memory_gb, step
+from preftune.training.memory import finer_if_needed, fits, indivisible, memory_gb
 from preftune.training.method import Example, Method
 from preftune.training.moving import Moving
 from preftune.training.options import TrainOptions
@@ -144,7 +144,7 @@ def steps(
             if finite:
                 training.moves = True
                 torch.nn.utils.clip_grads_with_norm_(weights.masters, options.max_grad_norm, norm)
-                step(training.optimizer, rate)
+                optimizers.step_at(training.optimizer, rate)
                 weights.refresh()
             else:
                 _skip_or_stop(training, options, number, line["loss"], norm, examples)
