@@ -33,7 +33,7 @@ STEP = {torch.float32: 0.0, torch.bfloat16: 0.25}
 # of another order of the same sums: nats per token, and the gradient's distance as a share of its length
 VALUES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 GRADIENTS = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-FARTHER = 3.0  # times as far from float32's gradient as the model's own in the same precision, that is rounding as well
+FARTHER = 2.0  # times as far from float32's gradient as the model's own in the same precision, that is rounding as well
 WATCHED = 2**22  # most entries of the parameters whose gradients are compared
 WORK = {"cpu": 2e11, "cuda": 1e14}  # multiplications and additions that a few seconds hold
 
