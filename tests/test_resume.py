@@ -25,7 +25,7 @@ from preftune.models.load import save_model
 from preftune.runs import checkpoint, course, metrics
 from preftune.runs.resume import keys_of
 from preftune.runs.train import train
-from preftune.training import steps
+from preftune.training import optimizers
 from preftune.training.guards import Guards
 from preftune.training.state import Saved
 
@@ -184,7 +184,7 @@ def test_an_update_that_was_begun_is_not_saved(
     error: type[BaseException], whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights are those of no step then, and the checkpoint of the step before stays what it is."""
-    out, right, seen = tmp_path / "run", steps.step, 0
+    out, right, seen = tmp_path / "run", optimizers.step_at, 0
 
     def breaks(*arguments: Any) -> None:
         nonlocal seen
@@ -194,7 +194,7 @@ def test_an_update_that_was_begun_is_not_saved(
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "step", breaks)
+        patch.setattr(optimizers, "step_at", breaks)
         with pytest.raises((Interrupted, RuntimeError)):
             begin("full", out)
     go_on(out)
