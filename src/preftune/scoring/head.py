@@ -147,9 +147,9 @@ class Head:
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
     def _rows(self, hidden: Tensor) -> int:
-        """How many positions at once, by code that holds several tensors of all their logits."""
+        """How many positions at once."""
         weight = getattr(self.output, "weight", None)
-        return rows_at_once(hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0], self.entries // 4)
+        return rows_at_once(hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0], self.entries)
 
     def _runs(self, model: Any) -> bool:
         """Whether the model's own forward takes hidden states. They may be of another width than those of its last product."""
