@@ -27,13 +27,15 @@ from torch import Tensor
 import preftune
 from preftune import processes
 from preftune.config import resolve
-from preftune.data.render import Rendered
+from preftune.data.render import Batch, Rendered
 from preftune.errors import Refusal, RunFailed
 from preftune.keys import TrainKeys
 from preftune.runs import checkpoint, metrics
 from preftune.runs.conduct import _with_budget
-from preftune.scoring.parts import check_lengths, put_in_parts
+from preftune.scoring.parts import put_in_parts
 from preftune.scoring.plan import shares
+from preftune.scoring.score import passes
+from preftune.scoring.scorer import Scorer
 from preftune.training import estimate
 from preftune.training.memory import finer_if_needed
 from preftune.training.signals import Stop
@@ -329,13 +331,23 @@ def test_layers_that_processes_would_gather_another_number_of_times_are_refused(
     with pytest.raises(Refusal, match="CpmAntForCausalLM can only be run response by response") as refused:
         put_in_parts(build("CpmAnt", HEADS["CpmAnt"][0]), torch.float32)
     assert refused.value.key == "train.parallel"
-    for rope, lengths in (("longrope", [20, 33]), ("dynamic", [33, 34])):
-        model = build(*ROPES[rope])
-        check_lengths(model, [20, 32, 20])
-        check_lengths(model, [40, 40])
-        with pytest.raises(Refusal, match="at 32 tokens"):
-            check_lengths(model, lengths)
-    check_lengths(tiny.model(), [1, 10**6])
+    groups = tuple(tiny.pair("", "", "") for _ in range(2))
+    for rope, before, lengths in (("longrope", 0, [20, 33]), ("dynamic", 0, [33, 34]), ("longrope", 9, [20, 30])):
+        scorer = Scorer(build(*ROPES[rope]))
+        scorer.before = before
+        for in_parts, own, whole in (
+            (False, lengths, True),
+            (True, [20, 20], True),
+            (True, [40, 40], True),
+            (True, lengths, False),
+        ):
+            scorer.in_parts = in_parts
+            rows = tuple(Rendered(0, n, (n,) * length, 1) for n, length in enumerate(own))
+            with nullcontext() if whole else pytest.raises(RunFailed, match="at 32 tokens, and rows of"):
+                assert passes(scorer, Batch(groups, rows), [[0, 1]], 1000) == [[0]]
+            assert len(passes(scorer, Batch(groups, rows), [[0], [1]], 1)) == 2, (
+                "alone in its pass each may be as long as it is"
+            )
 
 
 def test_a_second_signal_stops_at_once_where_nobody_else_has_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from preftune.data.render import Batch, Rendered, render
 from preftune.errors import Refusal
 from preftune.methods.cut import cut
+from preftune.models.adapters import adapter_dropout_on, add_adapter
+from preftune.models.options import AdapterOptions
 from preftune.records import Group
 from preftune.scoring import plan, product
 from preftune.scoring.head import Head
@@ -325,6 +327,20 @@ def test_a_head_that_computes_again_has_no_dropout_then_either(tokenizer: Any) -
         score(model, batch).logp.sum().backward()
         found.append(gradients(model))
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_an_adapters_dropout_on_the_head_falls_while_it_trains() -> None:
+    """A run is in evaluation mode but for that."""
+    options = AdapterOptions(type="lora", r=4, dropout=0.5, target_modules=["lm_head"])
+    model = add_adapter(tiny.model("untied"), options, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    rows = [Rendered(0, 0, tuple(range(20, 30)), 2)]
+    for dropout in (False, True):
+        scorer = Scorer(adapter_dropout_on(model.eval()) if dropout else model.eval())
+        assert torch.equal(scorer(rows).logp, scorer(rows).logp) != dropout
 
 
 def test_a_token_that_is_ruled_out_adds_no_entropy() -> None:

@@ -157,15 +157,20 @@ class Tokens:
         }
 
     def steps(self, batch_size: int) -> tuple[int, int, int]:
-        """(steps of an epoch, tokens of its largest step, of its largest row), with each prompt once and groups in random
-        order."""
+        """(steps of an epoch, tokens of its largest step, of its largest pair of answers in one row), with each prompt once and
+        groups in random order."""
         groups, _ = self._by_group()
         if not len(groups):
             return 0, 0, 0
         kept = self._kept_mask()
         start, length, row = (np.array(values, np.int64)[kept] for values in (self._start, self._length, self._row))
-        _, first, place = np.unique(row, return_index=True, return_inverse=True)
-        largest = start[first] + np.bincount(place, length - start).astype(np.int64)
+        _, first = np.unique(row, return_index=True)
+        by_length = np.lexsort((start - length, row))
+        second = np.append(
+            row[by_length][1:] == row[by_length][:-1], False
+        )  # whether the row has another answer after this one
+        answer = (length - start)[by_length]
+        largest = start[by_length] + answer + np.where(second, np.append(answer[1:], 0), 0)
         order = np.random.default_rng(0).permutation(len(groups))
         a_step = max(1, round(batch_size * len(groups) / len(first)))
         sums = np.add.reduceat(groups[order], np.arange(0, len(groups), a_step))

@@ -58,7 +58,8 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     options: Any = {"batch_size": keys.batch_size, "epochs": 1.0, "steps": None, "seed": keys.seed}
     examples = method.examples(batch.groups)
     the_plan = plan(examples, learning_rate=1.0, options=TrainOptions(), **options)
-    steps, each = ([rows_of(batch, own) for own in cut] for cut in ((b for _, b in the_plan.batches), ([e] for e in examples)))
+    steps = [rows_of(batch, own) for _, own in the_plan.batches]
+    each = [[batch.index(e.group, r) for r in e.read] for e in examples]
     known_by: Any = {"ref": data.refs[0], "store": keys.reference.store, "packed": packed}
     lines = examine(model, batch, steps[0], dtype=dtype, new_adapter=new_adapter, **known_by)
     expected = expect(model, batch, steps, each, dtype=dtype, reference=method.needs_reference)

@@ -111,10 +111,6 @@ def conduct(setup: Setup) -> Run:
     from preftune.training.determinism import deterministic
 
     job = _job(setup)
-    if job.in_parts:
-        from preftune.scoring.parts import check_lengths  # FSDP2 takes a while to import
-
-        check_lengths(job.model, (len(s.ids) for batch in (job.train, job.held) for s in batch.sequences))
     out, earlier, started = setup.out if job.writes else None, setup.references.earlier, time.time()
     with _brought_to_an_end(out) as stop, ExitStack() as taken:
         if out and not setup.reopened:
@@ -226,9 +222,9 @@ def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: in
     from preftune.training.estimate import Estimate, free_bytes
     from preftune.training.precision import reused_bytes
 
-    own = free_bytes(model.device)
-    if own is not None:
-        own += reused_bytes(model, dtype) + passing  # they are there already
+    own, parts = free_bytes(model.device), processes.size() if keys.train.parallel == "fsdp" else 1
+    if own is not None:  # they are there already; what is cut into parts is cut in its place
+        own += (reused_bytes(model, dtype) if parts == 1 else sum(p.nbytes for p in model.parameters())) + passing
     free = min((free for free in processes.gathered(own) if free is not None), default=None)
     best = bool(keys.train.eval_every) and keys.train.keep_best
     reference, moving = methods.needs(keys.method).reference, bool(keys.reference.sync_steps)
@@ -240,7 +236,7 @@ def _with_budget(keys: TrainKeys, model: Any, dtype: torch.dtype, *, passing: in
         moving=moving,
         checkpointing=keys.train.checkpointing,
         optimizer=keys.train.optimizer,
-        parts=processes.size() if keys.train.parallel == "fsdp" else 1,
+        parts=parts,
     )
     if free is not None and found.fixed_bytes > free:
         raise RunFailed(

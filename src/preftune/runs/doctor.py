@@ -87,6 +87,8 @@ def examine(
 
 def _line(name: str, passed: bool, found: Difference | None, note: str = "") -> dict[str, Any]:
     values, gradients = (found.values, found.gradients) if found else (None, None)
+    if found and found.rounded and not passed:  # what float32 alone would not show
+        note = str(found)
     return {"check": name, "passed": passed, "values": values, "gradients": gradients, "note": note}
 
 

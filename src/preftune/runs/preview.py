@@ -60,7 +60,8 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
     steps = [rows_of(batch, own) for _, own in the_plan.batches]
     how: Any = {"shares": keys.train.shares, "before": before}
     sizes = [step_tokens(batch.sequences, rows, **how) for rows in steps]
-    largest = max(pass_tokens(batch.sequences, rows_of(batch, [example]), **how) for example in examples)
+    alone = ([batch.index(e.group, r) for r in e.read] for _, own in the_plan.batches for e in own)
+    largest = max(pass_tokens(batch.sequences, rows, **how) for rows in alone)
     unknown = dict.fromkeys(("fixed_gb", "memory_gb", "free_gb", "seconds", "tokens_per_microbatch"))
     plan |= takes(keys, found, sizes, largest, sum(sizes)) if found else unknown
     plan["rows"] = [_row(example, method.roles(example), batch, tokenizer) for example in examples[:ROWS]]
@@ -110,7 +111,7 @@ def takes(keys: TrainKeys, found: Estimate, sizes: list[int], largest: int, toke
 
     free, fixed = free_bytes(device()), found.fixed_bytes
     budget = keys.train.tokens_per_microbatch or found.tokens(free)
-    peak, most = found.peak_bytes(budget, sizes, largest), max(largest, min(budget, max(sizes)))
+    peak, most = found.peak_bytes(budget, sizes, largest), min(max(sizes), max(largest, budget))
     seconds = found.seconds(tokens, matrix_rate(DTYPES[keys.dtype] if keys.dtype else default_dtype(device()), device()))
     weights = (
         f"{fixed / 1e9:.3g} for {found.parameters:,} parameters, {found.trained:,} of them trained, with float32 gradients and "

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from preftune.data.render import Rendered
 from preftune.errors import Refusal
@@ -25,7 +24,7 @@ from preftune.models.adapters import gives_scalars
 from preftune.models.randomness import evaluation_mode
 from preftune.scoring import product
 from preftune.scoring.backbone import backbone
-from preftune.scoring.product import AddedProduct, entries_on, logp_of_product, rows_at_once
+from preftune.scoring.product import AddedProduct, ChunkedLogp, entries_on, logp_of_product, rows_at_once
 
 log = logging.getLogger("preftune")
 
@@ -69,10 +68,11 @@ class Head:
 
     @property
     def layer(self) -> nn.Linear | None:
-        """The one trained matrix product of a head that can be run by itself, also inside peft's wrapper of a saved module."""
+        """The one trained matrix product of a head that can be run by itself, also inside peft's wrapper of a saved module;
+        None where somebody put a forward of their own into it."""
         inside = self.output.modules() if self.shell is not None and self.output is not None else ()
         trained = [module for module in inside if type(module) is nn.Linear and module.weight.requires_grad]
-        return trained[0] if len(trained) == 1 else None
+        return trained[0] if len(trained) == 1 and "forward" not in vars(trained[0]) else None
 
     @staticmethod
     def asked(sequence: Rendered) -> list[tuple[int, int]]:
@@ -96,13 +96,12 @@ class Head:
             weight, bias = self.output.weight, self.output.bias  # hidden states may be float32 beside a bfloat16 head
             how: Any = {"entries": self.entries, "kept": self.kept // at_once, "into": self.into}
             return logp_of_product(hidden.to(weight.dtype), weight, bias, targets, **how)
-        parts: list[Tensor] = []
         rows = self._rows(hidden)
-        logp = self._logp if self.output is None or self.output.training else self._logp_without_dropout
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            graph = torch.is_grad_enabled()
-            parts.append(checkpoint(logp, h, t, use_reentrant=False) if graph else logp(h, t))  # pyright: ignore
-        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+        # under an adapter that trains its dropout alone is on, in a model that is in evaluation mode
+        drops = self.output is None or any(module.training for module in self.output.modules())
+        logp = self._logp if drops else self._logp_without_dropout
+        trained = [p for p in self.shell.parameters() if p.requires_grad] if self.shell is not None else []
+        return ChunkedLogp.apply(hidden, targets, logp, rows, *trained)  # pyright: ignore
 
     def values(self, hidden: Tensor, want: tuple[Value, ...]) -> dict[Value, Tensor]:
         """[N] each, without a graph: `entropy` in nats; `top1`, the likeliest token."""

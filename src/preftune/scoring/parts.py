@@ -6,7 +6,6 @@ last norm and head, and each layer is gathered by itself. All processes take par
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from torch.export import register_dataclass
 from preftune import processes
 from preftune.data.render import Rendered
 from preftune.errors import Refusal
-from preftune.models.adapters import inside
-from preftune.scoring.rope import Rope
 from preftune.scoring.scorer import PassScores, Scorer, give
 
 register_dataclass(PassScores)  # FSDP2 looks through what a module returns for the tensors that a backward pass begins at
@@ -49,18 +46,6 @@ def put_in_parts(model: Any, dtype: torch.dtype, *, share: bool = True) -> None:
     give(model, scorer)
     with torch.no_grad():  # which of its modules is the root FSDP2 learns from the first pass
         scorer([Rendered(0, 0, (0, 0), 1)])
-
-
-def check_lengths(model: Any, lengths: Iterable[int]) -> None:
-    """Refuses rows of so many tokens whose rotary frequencies are not the same: a pass runs the layers once for each kind, on
-    every process another number of times, and all have to gather them together."""
-    rope = Rope.of(inside(model))
-    if len(rope.runs(list(lengths))) > 1:
-        line = (
-            f"the model's rotary frequencies change with a row's length, at {min(rope.limits):,} tokens, and there are rows on "
-            "both sides, or several beyond: lower max_length to that, or leave train.parallel out"
-        )
-        raise Refusal(line, code="no_parts", key="train.parallel")
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

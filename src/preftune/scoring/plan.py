@@ -46,8 +46,8 @@ def shared_batches(sequences: Sequence[Rendered], needs: Sequence[Sequence[int]]
 
 
 def answer_tokens(sequences: Sequence[Rendered], rows: Collection[int], inside: Collection[int] = ()) -> int:
-    """Distinct tokens of some answers beyond their prompts, without those of the rows that are `inside` already. An answer that
-    is the beginning of another under its prompt has none of its own."""
+    """Distinct tokens of some answers beyond their prompts, without the rows that are `inside` already. An answer that is the
+    beginning of another one of these has none of its own."""
     order = sorted(set(rows), key=lambda row: (sequences[row].group, sequences[row].ids), reverse=True)
     tokens = 0
     for before, row in zip([None, *order], order, strict=False):

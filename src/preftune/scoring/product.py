@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens where a head is one matrix product W h + b: it and its gradient, in blocks."""
+"""Log-probabilities of given tokens in blocks: where a head is one matrix product W h + b, and where it is more than that."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+from preftune.models.randomness import random_state, random_state_kept, set_random_state
 
 # float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold
 BLOCK, CPU_BLOCK = 2**25, 2**20
@@ -171,6 +173,41 @@ class AddedProduct(Function):
         rows = g.flatten(0, -2)
         _add_product(ctx.into(), rows.T, x.flatten(0, -2))
         return g @ weight, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+class ChunkedLogp(Function):
+    """log-probabilities by code that is not known, `run(hidden, targets)`, a chunk at a time, and again in the backward pass.
+
+    Results are made before the chunks (see `_space`): checkpoints one after the other would leave small ones between them, and
+    memory would grow with every chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, run: Callable[[Tensor, Tensor], Tensor], rows: int, *parameters: Tensor
+    ) -> Tensor:
+        logp = hidden.new_empty(len(hidden), dtype=torch.float32)
+        ctx.run, ctx.rows, ctx.state = run, rows, random_state(hidden.device)
+        for part, h, t in zip(logp.split(rows), hidden.split(rows), targets.split(rows), strict=True):
+            part.copy_(run(h, t))
+        ctx.save_for_backward(hidden, targets, *parameters)
+        return logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, targets, *parameters = ctx.saved_tensors
+        rows, d_hidden = ctx.rows, torch.empty_like(hidden)
+        sums: list[Any] = [None] * len(parameters)
+        chunks = (x.split(rows) for x in (hidden, targets, gradients[0], d_hidden))
+        with random_state_kept(hidden.device), torch.enable_grad():
+            set_random_state(hidden.device, ctx.state)  # an adapter's dropout falls as it did
+            for h, t, g, into in zip(*chunks, strict=True):
+                h = h.detach().requires_grad_()
+                own, *others = torch.autograd.grad(ctx.run(h, t), (h, *parameters), g, allow_unused=True)
+                into.copy_(own)
+                sums = [o if s is None else s if o is None else s.add_(o) for s, o in zip(sums, others, strict=True)]
+        return d_hidden, None, None, None, *sums
 
 
 def _blocks(

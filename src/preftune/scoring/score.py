@@ -11,7 +11,7 @@ from torch import Tensor
 
 from preftune import processes
 from preftune.data.render import Batch
-from preftune.errors import Refusal
+from preftune.errors import Refusal, RunFailed
 from preftune.models.randomness import evaluation_mode
 from preftune.scoring.head import Kind
 from preftune.scoring.plan import padded_batches, shared_batches
@@ -146,8 +146,30 @@ def passes(scorer: Scorer, batch: Batch, needs: Sequence[Sequence[int]], budget:
     if not needs:
         return []
     if scorer.shares:
-        return shared_batches(batch.sequences, needs, max(1, budget - scorer.before))
-    return padded_batches(batch.sequences, needs, budget, scorer.before)
+        cut = shared_batches(batch.sequences, needs, max(1, budget - scorer.before))
+    else:
+        cut = padded_batches(batch.sequences, needs, budget, scorer.before)
+    if scorer.in_parts:
+        _check_alike(scorer, batch, needs, cut)
+    return cut
+
+
+def _check_alike(scorer: Scorer, batch: Batch, needs: Sequence[Sequence[int]], cut: list[list[int]]) -> None:
+    """A pass with rows of other rotary frequencies runs the layers once for each kind. Of a model in parts all processes have
+    to gather them together, and have other passes.
+
+    Raises:
+        RunFailed: there is such a pass.
+    """
+    for places in cut:
+        lengths = [scorer.before + len(batch.sequences[row].ids) for place in places for row in needs[place]]
+        if len(scorer.rope.runs(lengths)) > 1:
+            raise RunFailed(
+                f"rotary frequencies of the model change with a row's length, at {min(scorer.rope.limits):,} tokens, and rows "
+                f"of {min(lengths):,} to {max(lengths):,} stand in one pass: lower max_length, or leave train.parallel out",
+                code="no_parts",
+                key="train.parallel",
+            )
 
 
 def default_budget(model: Any) -> int:

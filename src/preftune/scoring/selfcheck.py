@@ -92,8 +92,8 @@ class Difference:
     values: largest difference, nats per token; of a reward model's numbers as they are. gradients: of a weighted sum of all of
     them with respect to the smallest trained parameters, as a share of its length. rounded: what it was in the model's own
     precision, where that was beyond the tolerance and the same was done in float32; farther: how many times as far from
-    float32's gradient the path lay there as the model's own forward pass. untried: why float32 could not be tried; gradients
-    decide then.
+    float32's gradient the path lay there as the model's own forward pass, or as GRADIENTS where that is more. untried: why
+    float32 could not be tried; gradients decide then.
     """
 
     values: float
@@ -125,7 +125,8 @@ class Difference:
         if self.rounded is None:
             return line
         low = f"{line} in float32, where in {name_of(self.rounded.dtype)} by {self.rounded}"
-        return f"{low}, {self.farther:.2g} times as far from float32 as the model's own ({FARTHER:g})"
+        own = f"the model's own, or {GRADIENTS[self.rounded.dtype]:g}"
+        return f"{low}; its gradient is {self.farther:.2g} times as far from float32's as {own} (tolerance {FARTHER:g})"
 
 
 @dataclass(frozen=True, slots=True)

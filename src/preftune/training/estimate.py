@@ -124,9 +124,10 @@ class Estimate:
             return None
 
         def passing(size: int) -> int:
-            longest = max(math.ceil(size / math.ceil(size / budget)), min(size, largest))
+            passes = math.ceil(size / budget)
+            longest = max(math.ceil(size / passes), min(size, largest))
             kept = each * longest + min(self.scored_bytes * longest, 4 * KEPT)
-            return kept - min(self.late_bytes, kept) * (longest == size)
+            return kept - min(self.late_bytes, kept) * (passes == 1)
 
         return self.fixed_bytes + max(map(passing, sizes)) + BESIDE
 
