@@ -198,7 +198,7 @@ class ChunkedLogp(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, targets, *parameters = ctx.saved_tensors
         rows, d_hidden = ctx.rows, torch.empty_like(hidden)
-        sums: list[Any] = [None] * len(parameters)
+        sums: list[Tensor | None] = [None] * len(parameters)
         chunks = (x.split(rows) for x in (hidden, targets, gradients[0], d_hidden))
         with random_state_kept(hidden.device), torch.enable_grad():
             set_random_state(hidden.device, ctx.state)  # an adapter's dropout falls as it did
@@ -206,8 +206,12 @@ class ChunkedLogp(Function):
                 h = h.detach().requires_grad_()
                 own, *others = torch.autograd.grad(ctx.run(h, t), (h, *parameters), g, allow_unused=True)
                 into.copy_(own)
-                sums = [o if s is None else s if o is None else s.add_(o) for s, o in zip(sums, others, strict=True)]
+                sums = [_added(total, other) for total, other in zip(sums, others, strict=True)]
         return d_hidden, None, None, None, *sums
+
+
+def _added(total: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if total is None else total if other is None else total.add_(other)
 
 
 def _blocks(
