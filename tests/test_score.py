@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from preftune.data.render import Batch, Rendered, render
 from preftune.errors import Refusal
 from preftune.methods.cut import cut
-from preftune.models.adapters import adapter_dropout_on, add_adapter
+from preftune.models.adapters import adapter_dropout_on, add_adapter, inside
 from preftune.models.options import AdapterOptions
 from preftune.records import Group
 from preftune.scoring import plan, product
@@ -341,6 +341,35 @@ def test_an_adapters_dropout_on_the_head_falls_while_it_trains() -> None:
     for dropout in (False, True):
         scorer = Scorer(adapter_dropout_on(model.eval()) if dropout else model.eval())
         assert torch.equal(scorer(rows).logp, scorer(rows).logp) != dropout
+
+
+def test_dropout_on_the_head_falls_in_the_backward_pass_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every chunk; and the random numbers that come after it are those after the forward pass."""
+    monkeypatch.setattr(product, "CPU_BLOCK", 5 * tiny.VOCABULARY)
+    monkeypatch.setattr(product, "FEWEST", 1)
+    options = AdapterOptions(type="lora", r=4, dropout=0.5, target_modules=["lm_head"])
+    model = add_adapter(tiny.model("untied"), options, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    head = Head(inside(adapter_dropout_on(model.eval())))
+    hidden, targets = torch.randn(12, 16, generator=torch.Generator().manual_seed(0)), torch.arange(12)
+    found: list[dict[str, Tensor]] = []
+    for chunked in (True, False):
+        torch.manual_seed(1)
+        if chunked:
+            logp = head(hidden, targets)
+        else:
+            logits = torch.cat([head.logits(h) for h in hidden.split(5)])
+            logp = logits.log_softmax(-1)[targets, targets]
+        after = torch.rand(1)
+        torch.manual_seed(2)
+        (logp * torch.linspace(-1, 1, 12)).sum().backward()
+        found.append({**gradients(model), "logp": logp.detach(), "after": after, "next": torch.rand(1)})
+    assert len(found[0]) > 3 and found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-5, rtol=1e-5)
 
 
 def test_a_token_that_is_ruled_out_adds_no_entropy() -> None:
