@@ -452,7 +452,9 @@ def test_where_counting_fails_the_budget_is_the_usual_one(
     assert found.tokens(10**12) == found.tokens(None) == default_budget(tiny.model())
     (said,) = caplog.messages
     assert "memory per token is not known" in said and "too many values" in said
-    told = expect(tiny.model(), render(tiny.pairs(3), tokenizer), [[0, 1]], [[0, 1]], dtype=torch.float32, reference=True)
+    batch = render(tiny.pairs(3), tokenizer)
+    examples = methods.make("dpo").examples(batch.groups)[:1]
+    told = expect(tiny.model(), batch, [[0, 1]], examples, dtype=torch.float32, reference=True)
     assert told["memory_gb"] is None and told["tokens_per_microbatch"] == default_budget(tiny.model())
 
 

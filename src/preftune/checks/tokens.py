@@ -165,12 +165,10 @@ class Tokens:
         kept = self._kept_mask()
         start, length, row = (np.array(values, np.int64)[kept] for values in (self._start, self._length, self._row))
         _, first = np.unique(row, return_index=True)
-        by_length = np.lexsort((start - length, row))
-        second = np.append(
-            row[by_length][1:] == row[by_length][:-1], False
-        )  # whether the row has another answer after this one
-        answer = (length - start)[by_length]
-        largest = start[by_length] + answer + np.where(second, np.append(answer[1:], 0), 0)
+        by_length = np.lexsort((start - length, row))  # of each row the longest answer first
+        answer, of_row = (length - start)[by_length], row[by_length]
+        next_one = np.append(np.where(of_row[1:] == of_row[:-1], answer[1:], 0), 0)
+        largest = start[by_length] + answer + next_one
         order = np.random.default_rng(0).permutation(len(groups))
         a_step = max(1, round(batch_size * len(groups) / len(first)))
         sums = np.add.reduceat(groups[order], np.arange(0, len(groups), a_step))

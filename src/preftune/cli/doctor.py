@@ -59,10 +59,9 @@ def run(words: list[str], as_json: bool) -> dict[str, Any]:
     examples = method.examples(batch.groups)
     the_plan = plan(examples, learning_rate=1.0, options=TrainOptions(), **options)
     steps = [rows_of(batch, own) for _, own in the_plan.batches]
-    each = [[batch.index(e.group, r) for r in e.read] for e in examples]
     known_by: Any = {"ref": data.refs[0], "store": keys.reference.store, "packed": packed}
     lines = examine(model, batch, steps[0], dtype=dtype, new_adapter=new_adapter, **known_by)
-    expected = expect(model, batch, steps, each, dtype=dtype, reference=method.needs_reference)
+    expected = expect(model, batch, steps, examples, dtype=dtype, reference=method.needs_reference)
     healthy = all(line["passed"] for line in lines)
     told = {"healthy": healthy, "method": method.name, "dtype": name_of(dtype)}
     result = {**told, "checks": lines, "run": expected}

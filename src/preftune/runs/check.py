@@ -64,7 +64,7 @@ def _run(keys: CheckKeys, checked: Checked, tokens: Tokens) -> dict[str, Any]:
     given: dict[str, Any] = {"model": keys.model, "data": {}, "method": methods.keys_of(method), "batch_size": keys.batch_size}
     given |= {"adapter": keys.adapter.model_dump(exclude_unset=True), "dtype": keys.dtype, "max_length": keys.max_length}
     run = build(TrainKeys, {**given, "trust_remote_code": keys.trust_remote_code})
-    steps, largest, row = tokens.steps(keys.batch_size)
+    steps, largest, pair = tokens.steps(keys.batch_size)
     found: dict[str, Any] = {"method": method.label, "steps": steps, "batch_size": keys.batch_size}
     estimate = preview.estimate_of(run, evaluates=True)
-    return found | (preview.takes(run, estimate, [largest], row, tokens.summary()["shared"]) if estimate else {})
+    return found | (preview.takes(run, estimate, [largest], pair, tokens.summary()["shared"]) if estimate else {})

@@ -24,7 +24,8 @@ from preftune.scoring.scorer import Scorer
 from preftune.scoring.selfcheck import VALUES, Difference, check_start, difference, few, one_by_one, shortened
 from preftune.scoring.sharing import Wrong, cannot_share
 from preftune.scoring.store import Store, Stored, open_store
-from preftune.training.estimate import Estimate, free_bytes, matrix_rate, pass_tokens, step_tokens
+from preftune.training.estimate import Estimate, free_bytes, largest_example, matrix_rate, step_tokens
+from preftune.training.method import Example
 from preftune.training.precision import reused_bytes
 
 
@@ -162,7 +163,7 @@ def expect(
     model: Any,
     batch: Batch,
     steps: Sequence[Sequence[int]],
-    examples: Sequence[Sequence[int]],
+    examples: Sequence[Example],
     *,
     dtype: torch.dtype,
     reference: bool,
@@ -170,7 +171,7 @@ def expect(
     """Tokens, memory and time of a run.
 
     Args:
-        steps: the rows that each step needs. examples: those of each example, which no micro-batch cuts.
+        steps: the rows that each step needs. examples: of all of them; none is cut.
 
     Returns:
         `steps`, `tokens` of all steps as they are computed, `tokens_one_by_one` with a prompt for every response, `saved` (a
@@ -178,7 +179,7 @@ def expect(
     """
     device, shares, before = model.device, Scorer(model).shares, virtual_tokens(model)
     sizes = [step_tokens(batch.sequences, rows, shares=shares, before=before) for rows in steps]
-    largest = max(pass_tokens(batch.sequences, rows, shares=shares, before=before) for rows in examples)
+    largest = largest_example(batch, examples, shares=shares, before=before)
     alone = sum(step_tokens(batch.sequences, rows, shares=False, before=before) for rows in steps)
     tokens = sum(sizes)
     found = Estimate.of(model, dtype, best=False, reference=reference)

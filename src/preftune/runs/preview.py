@@ -32,7 +32,7 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
         cannot be built without its weights), `rows` (texts).
     """
     from preftune.runs.job import plan_of, rows_of
-    from preftune.training.estimate import pass_tokens, step_tokens
+    from preftune.training.estimate import largest_example, step_tokens
 
     batch = rendered.train
     method = methods.make(keys.method, beta=keys.beta)
@@ -60,8 +60,7 @@ def show(keys: TrainKeys, rendered: RenderedData, tokenizer: Any) -> dict[str, A
     steps = [rows_of(batch, own) for _, own in the_plan.batches]
     how: Any = {"shares": keys.train.shares, "before": before}
     sizes = [step_tokens(batch.sequences, rows, **how) for rows in steps]
-    alone = ([batch.index(e.group, r) for r in e.read] for _, own in the_plan.batches for e in own)
-    largest = max(pass_tokens(batch.sequences, rows, **how) for rows in alone)
+    largest = largest_example(batch, (e for _, own in the_plan.batches for e in own), **how)
     unknown = dict.fromkeys(("fixed_gb", "memory_gb", "free_gb", "seconds", "tokens_per_microbatch"))
     plan |= takes(keys, found, sizes, largest, sum(sizes)) if found else unknown
     plan["rows"] = [_row(example, method.roles(example), batch, tokenizer) for example in examples[:ROWS]]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune import processes
-from preftune.data.render import Rendered
+from preftune.data.render import Batch, Rendered
 from preftune.models.adapters import inside, virtual_tokens
 from preftune.models.load import max_positions
 from preftune.models.weights import count, frozen_bytes
@@ -23,6 +23,7 @@ from preftune.scoring.backbone import backbone
 from preftune.scoring.plan import answer_tokens
 from preftune.scoring.product import KEPT
 from preftune.scoring.score import default_budget
+from preftune.training.method import Example
 from preftune.training.optimizers import state_bytes
 from preftune.training.options import Optimizer
 
@@ -266,6 +267,12 @@ def step_tokens(sequences: Sequence[Rendered], rows: Sequence[int], *, shares: b
     if shares:
         return pass_tokens(sequences, rows, shares=True, before=before)
     return sum(before + len(sequences[row].ids) for row in rows)
+
+
+def largest_example(batch: Batch, examples: Iterable[Example], *, shares: bool, before: int = 0) -> int:
+    """Tokens of the largest example: no micro-batch can be cut below it. `before`: see `pass_tokens`."""
+    rows = ([batch.index(e.group, r) for r in e.read] for e in examples)
+    return max(pass_tokens(batch.sequences, own, shares=shares, before=before) for own in rows)
 
 
 def pass_tokens(sequences: Sequence[Rendered], rows: Sequence[int], *, shares: bool, before: int = 0) -> int:

@@ -16,7 +16,7 @@ from preftune.data.render import Batch
 from preftune.errors import RunFailed
 from preftune.models.randomness import random_state_kept
 from preftune.scoring.scorer import Scorer
-from preftune.training.estimate import pass_tokens
+from preftune.training.estimate import largest_example, pass_tokens
 from preftune.training.gradient import Step
 from preftune.training.method import Example, Method
 from preftune.training.optimizers import forget, step_at
@@ -130,6 +130,5 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def indivisible(scorer: Scorer, batch: Batch, examples: Iterable[Example]) -> int:
-    """Tokens of the largest example: no micro-batch can be cut below it."""
-    rows = ([batch.index(e.group, r) for r in e.read] for e in examples)
-    return max(pass_tokens(batch.sequences, own, shares=scorer.shares, before=scorer.before) for own in rows)
+    """Tokens of the largest example, as this scorer takes it."""
+    return largest_example(batch, examples, shares=scorer.shares, before=scorer.before)
