@@ -176,6 +176,7 @@ def test_a_heads_blocks_add_up_to_the_gradient_that_autograd_adds_up(
     monkeypatch.setattr(product, "CPU_BLOCK", 500)
     monkeypatch.setattr(product, "PART", 40)
     monkeypatch.setattr(product, "FEWEST", 1)
+    monkeypatch.setattr(product, "FEWEST_LOGITS", 1)
     monkeypatch.setattr(precision, "_PART", 100)
     batch = render(tiny.pairs(6), tokenizer)
     cuts = [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11]]
@@ -222,7 +223,7 @@ class Largest(TorchDispatchMode):
 def test_a_second_micro_batch_makes_no_tensor_as_large_as_the_weight(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key, size in (("CPU_BLOCK", 800), ("PART", 800), ("FEWEST", 1)):
+    for key, size in (("CPU_BLOCK", 800), ("PART", 800), ("FEWEST", 1), ("FEWEST_LOGITS", 1)):
         monkeypatch.setattr(product, key, size)
     weights = Weights(with_head(name), dtype)
     own = head.Head(inside(weights.compute))
@@ -242,7 +243,7 @@ def test_a_second_micro_batch_makes_no_tensor_as_large_as_the_weight(
 
 @pytest.mark.parametrize("kept", [0, 30 * tiny.VOCABULARY - 1, 30 * tiny.VOCABULARY])
 def test_no_more_logits_are_held_than_may_be_kept(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("CPU_BLOCK", 400), ("FEWEST", 1), ("KEPT", kept)):
+    for name, size in (("CPU_BLOCK", 400), ("FEWEST", 1), ("FEWEST_LOGITS", 1), ("KEPT", kept)):
         monkeypatch.setattr(product, name, size)
     model = tiny.model("untied")
     hidden, targets = torch.randn(30, 16, requires_grad=True), torch.arange(30)

@@ -308,6 +308,7 @@ def test_passes_of_one_graph_share_what_may_be_kept(model: Any, tokenizer: Any, 
     monkeypatch.setattr(product, "KEPT", 2 * longest)
     monkeypatch.setattr(product, "CPU_BLOCK", tiny.VOCABULARY)
     monkeypatch.setattr(product, "FEWEST", 1)
+    monkeypatch.setattr(product, "FEWEST_LOGITS", 1)
     monkeypatch.setattr(product.LinearLogp, "forward", staticmethod(watched))
     for budget in (1, 10**6):
         kept.clear()

@@ -13,11 +13,13 @@ from torch.nn.functional import linear
 
 from preftune.models.randomness import random_state, random_state_kept, set_random_state
 
-# float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold
+# float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold, where
+# that makes no product narrower than what follows
 BLOCK, CPU_BLOCK = 2**25, 2**20
 PART = 2**23  # entries of a product that is added to a tensor of another precision
 KEPT = 2**26  # entries of a softmax that a trained head keeps for its backward pass: 256 MiB
 FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
+FEWEST_LOGITS = 256  # rows of a whole vocabulary's logits in one product: with 64 it takes half as long again on a CPU
 
 
 def logp_of_product(
@@ -48,7 +50,7 @@ def logp_of_product(
         return FrozenLogp.apply(hidden, weight, bias, targets, entries)  # pyright: ignore
     # the first rows are kept: all, or whole blocks of them
     fitting = kept // len(weight) if graph and trained else 0
-    keep = fitting if fitting >= len(hidden) else fitting - fitting % rows_at_once(len(weight), entries)
+    keep = fitting if fitting >= len(hidden) else fitting - fitting % _rows_of_logits(len(weight), entries)
     return LinearLogp.apply(hidden, weight, bias, targets, entries, min(len(hidden), keep), into)  # pyright: ignore
 
 
@@ -60,6 +62,10 @@ def entries_on(device: torch.device) -> int:
 def rows_at_once(others: int, entries: int) -> int:
     """How many rows (columns) of logits at once, where there are so many columns (rows)."""
     return max(FEWEST, entries // others)
+
+
+def _rows_of_logits(vocabulary: int, entries: int) -> int:
+    return max(FEWEST_LOGITS, entries // vocabulary)
 
 
 class FrozenLogp(Function):
@@ -219,7 +225,7 @@ def _blocks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Block after block: which rows, their logits, the logarithm of their softmax. Both have their place until the next block;
     `kept` [K, V]: the logarithms of the first K rows have it there."""
-    rows = min(rows_at_once(len(weight), entries), max(1, len(hidden)))
+    rows = min(_rows_of_logits(len(weight), entries), max(1, len(hidden)))
     space = _space(rows * len(weight), hidden)
     other = _space(rows * len(weight) if len(kept) < len(hidden) else 0, hidden)
     for first in range(0, len(hidden), rows):
