@@ -176,7 +176,7 @@ def test_a_heads_blocks_add_up_to_the_gradient_that_autograd_adds_up(
     monkeypatch.setattr(product, "CPU_BLOCK", 500)
     monkeypatch.setattr(product, "PART", 40)
     monkeypatch.setattr(product, "FEWEST", 1)
-    monkeypatch.setattr(product, "FEWEST_LOGITS", 1)
+    monkeypatch.setattr(product, "WIDE", 1)
     monkeypatch.setattr(precision, "_PART", 100)
     batch = render(tiny.pairs(6), tokenizer)
     cuts = [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11]]
@@ -223,7 +223,7 @@ class Largest(TorchDispatchMode):
 def test_a_second_micro_batch_makes_no_tensor_as_large_as_the_weight(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key, size in (("CPU_BLOCK", 800), ("PART", 800), ("FEWEST", 1), ("FEWEST_LOGITS", 1)):
+    for key, size in (("CPU_BLOCK", 800), ("PART", 800), ("FEWEST", 1), ("WIDE", 1)):
         monkeypatch.setattr(product, key, size)
     weights = Weights(with_head(name), dtype)
     own = head.Head(inside(weights.compute))
@@ -243,7 +243,7 @@ def test_a_second_micro_batch_makes_no_tensor_as_large_as_the_weight(
 
 @pytest.mark.parametrize("kept", [0, 30 * tiny.VOCABULARY - 1, 30 * tiny.VOCABULARY])
 def test_no_more_logits_are_held_than_may_be_kept(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("CPU_BLOCK", 400), ("FEWEST", 1), ("FEWEST_LOGITS", 1), ("KEPT", kept)):
+    for name, size in (("CPU_BLOCK", 400), ("FEWEST", 1), ("WIDE", 1), ("KEPT", kept)):
         monkeypatch.setattr(product, name, size)
     model = tiny.model("untied")
     hidden, targets = torch.randn(30, 16, requires_grad=True), torch.arange(30)
@@ -252,6 +252,20 @@ def test_no_more_logits_are_held_than_may_be_kept(kept: int, monkeypatch: pytest
         with Largest() as largest:
             own(hidden, targets).sum().backward()
         assert (largest.bytes >= 4 * 30 * tiny.VOCABULARY) == (trained and kept == 30 * tiny.VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "entries", "rows"),
+    [
+        (49_152, product.CPU_BLOCK, product.WIDE),
+        (2**18, product.CPU_BLOCK, 128),  # 128 MiB
+        (512, product.CPU_BLOCK, 2048),  # what the caches hold
+        (49_152, product.BLOCK, 682),
+        (2**26, product.CPU_BLOCK, 1),
+    ],
+)
+def test_a_forward_pass_takes_wide_blocks_as_far_as_one_may_hold(vocabulary: int, entries: int, rows: int) -> None:
+    assert product.rows_forward(vocabulary, entries, product.WIDE) == rows
 
 
 def test_a_run_hands_its_head_over(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,7 +300,7 @@ def test_passes_of_one_graph_share_what_may_be_kept(model: Any, tokenizer: Any, 
     right = product.LinearLogp.forward
 
     def watched(ctx: Any, *given: Any) -> Tensor:
-        kept.append(given[5] * len(given[1]))
+        kept.append(given[6] * len(given[1]))
         return right(ctx, *given)
 
     batch = render(GROUPS, tokenizer)
@@ -308,7 +308,7 @@ def test_passes_of_one_graph_share_what_may_be_kept(model: Any, tokenizer: Any, 
     monkeypatch.setattr(product, "KEPT", 2 * longest)
     monkeypatch.setattr(product, "CPU_BLOCK", tiny.VOCABULARY)
     monkeypatch.setattr(product, "FEWEST", 1)
-    monkeypatch.setattr(product, "FEWEST_LOGITS", 1)
+    monkeypatch.setattr(product, "WIDE", 1)
     monkeypatch.setattr(product.LinearLogp, "forward", staticmethod(watched))
     for budget in (1, 10**6):
         kept.clear()

@@ -373,8 +373,6 @@ def test_doctor_says_that_all_is_the_same_and_what_a_run_takes(
         return right(hidden, *others, **out)
 
     monkeypatch.setattr(product, "_product", spy)
-    monkeypatch.setattr(product, "FEWEST", 8)
-    monkeypatch.setattr(product, "FEWEST_LOGITS", 8)
     words = ["doctor", "model=m", "data=pairs.jsonl", "batch_size=4", *words]
     said = call(capsys, *words)
     assert 8 in chunks and max(chunks) > 8, "one of the checks takes the head in chunks"

@@ -415,7 +415,7 @@ def test_scores_do_not_depend_on_the_budget_across_the_limit(kind: str) -> None:
 # -- the head ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [1, 300, 2**25])
+@pytest.mark.parametrize("block", [1, 600, 2**25])
 @pytest.mark.parametrize(
     ("name", "how"),
     [(name, how) for name in ("phi", "untied") for how in ("frozen", "kept", "partly kept", "computed again")]
@@ -428,8 +428,8 @@ def test_chunked_equals_plain(name: str, how: str, block: int, monkeypatch: pyte
 
     monkeypatch.setattr(product, "CPU_BLOCK", block)
     monkeypatch.setattr(product, "FEWEST", 1)
-    monkeypatch.setattr(product, "FEWEST_LOGITS", 1)
-    monkeypatch.setattr(product, "KEPT", {"kept": product.KEPT, "partly kept": 2 * tiny.VOCABULARY}.get(how, 0))
+    monkeypatch.setattr(product, "WIDE", 1)
+    monkeypatch.setattr(product, "KEPT", {"kept": product.KEPT, "partly kept": 3 * tiny.VOCABULARY}.get(how, 0))
     model = tiny.model(name)
     model.get_output_embeddings().requires_grad_(how != "frozen")
     plain = copy.deepcopy(model)

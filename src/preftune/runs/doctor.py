@@ -59,7 +59,8 @@ def examine(
     short = replace(batch, sequences=tuple(cut.get(row, own) for row, own in enumerate(batch.sequences)))
     shared, padded, chunked = Scorer(model), Scorer(model, share=False), Scorer(model)
     if isinstance(chunked.head, Head):
-        chunked.head.entries, chunked.head.kept = 1, 0  # the fewest rows at once, and again in the backward pass
+        head = chunked.head
+        head.entries, head.wide, head.kept = 1, 8, 0  # few rows at once, and again in the backward pass
 
     def by(scorer: Scorer) -> Callable[[Sequence[Rendered]], Tensor]:
         return lambda rows: scorer(rows).logp

@@ -24,7 +24,7 @@ from preftune.models.adapters import gives_scalars
 from preftune.models.randomness import evaluation_mode
 from preftune.scoring import product
 from preftune.scoring.backbone import backbone
-from preftune.scoring.product import AddedProduct, ChunkedLogp, entries_on, logp_of_product, rows_at_once
+from preftune.scoring.product import AddedProduct, ChunkedLogp, entries_on, logp_of_product, rows_at_once, rows_forward
 
 log = logging.getLogger("preftune")
 
@@ -57,7 +57,7 @@ class Head:
             self.body = self.shell = None
         weight = getattr(self.output, "weight", None)
         device = next(model.parameters()).device if weight is None else weight.device
-        self.entries, self.kept = entries_on(device), product.KEPT
+        self.entries, self.wide, self.kept = entries_on(device), product.WIDE, product.KEPT
         # gives the tensor that the gradient of the weight of `layer` is added to in the backward pass; None: autograd gets it
         self.into: Callable[[], Tensor] | None = None
         if not self.plain and model not in _SAID:
@@ -94,7 +94,8 @@ class Head:
         """
         if self.plain:
             weight, bias = self.output.weight, self.output.bias  # hidden states may be float32 beside a bfloat16 head
-            how: Any = {"entries": self.entries, "kept": self.kept // at_once, "into": self.into}
+            rows = rows_forward(len(weight), self.entries, self.wide)
+            how: Any = {"rows": rows, "entries": self.entries, "kept": self.kept // at_once, "into": self.into}
             return logp_of_product(hidden.to(weight.dtype), weight, bias, targets, **how)
         rows = self._rows(hidden)
         # under an adapter that trains its dropout alone is on, in a model that is in evaluation mode
@@ -146,7 +147,7 @@ class Head:
         return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
     def _rows(self, hidden: Tensor) -> int:
-        """How many positions at once."""
+        """How many positions at once, of a head whose own code may hold its logits several times."""
         weight = getattr(self.output, "weight", None)
         return rows_at_once(hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0], self.entries)
 

@@ -13,13 +13,12 @@ from torch.nn.functional import linear
 
 from preftune.models.randomness import random_state, random_state_kept, set_random_state
 
-# float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold, where
-# that makes no product narrower than what follows
+# float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold
 BLOCK, CPU_BLOCK = 2**25, 2**20
 PART = 2**23  # entries of a product that is added to a tensor of another precision
 KEPT = 2**26  # entries of a softmax that a trained head keeps for its backward pass: 256 MiB
 FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
-FEWEST_LOGITS = 256  # rows of a whole vocabulary's logits in one product: with 64 it takes half as long again on a CPU
+WIDE = 256  # rows of logits made at once in a forward pass, caches or not: of 64 nearly half the time is reading the weights
 
 
 def logp_of_product(
@@ -28,6 +27,7 @@ def logp_of_product(
     bias: Tensor | None,
     targets: Tensor,
     *,
+    rows: int,
     entries: int,
     kept: int,
     into: Callable[[], Tensor] | None = None,
@@ -38,8 +38,8 @@ def logp_of_product(
         hidden: [N, D], in the precision of the weight.
         weight: [V, D]. bias: [V].
         targets: [N] token ids.
-        entries: of logits that are held at once.
-        kept: of the softmax that may be kept for the backward pass of a weight or bias that trains.
+        rows: of logits that are held at once in the forward pass. entries: of logits held at once in the backward pass.
+        kept: entries of the softmax that may be kept for the backward pass of a weight or bias that trains.
         into: gives the tensor that the weight's gradient is added to in the backward pass; None: autograd gets it.
 
     Returns:
@@ -47,11 +47,9 @@ def logp_of_product(
     """
     graph, trained = torch.is_grad_enabled(), weight.requires_grad or (bias is not None and bias.requires_grad)
     if graph and hidden.requires_grad and not trained:
-        return FrozenLogp.apply(hidden, weight, bias, targets, entries)  # pyright: ignore
-    # the first rows are kept: all, or whole blocks of them
-    fitting = kept // len(weight) if graph and trained else 0
-    keep = fitting if fitting >= len(hidden) else fitting - fitting % _rows_of_logits(len(weight), entries)
-    return LinearLogp.apply(hidden, weight, bias, targets, entries, min(len(hidden), keep), into)  # pyright: ignore
+        return FrozenLogp.apply(hidden, weight, bias, targets, rows)  # pyright: ignore
+    keep = min(len(hidden), kept // len(weight)) if graph and trained else 0  # of the first rows
+    return LinearLogp.apply(hidden, weight, bias, targets, rows, entries, keep, into)  # pyright: ignore
 
 
 def entries_on(device: torch.device) -> int:
@@ -64,8 +62,9 @@ def rows_at_once(others: int, entries: int) -> int:
     return max(FEWEST, entries // others)
 
 
-def _rows_of_logits(vocabulary: int, entries: int) -> int:
-    return max(FEWEST_LOGITS, entries // vocabulary)
+def rows_forward(vocabulary: int, entries: int, wide: int) -> int:
+    """How many rows of logits at once in a forward pass: `wide` of them if `BLOCK` has room, or all that `entries` hold."""
+    return max(1, entries // vocabulary, min(wide, BLOCK // vocabulary))
 
 
 class FrozenLogp(Function):
@@ -76,14 +75,14 @@ class FrozenLogp(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, entries: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
         logp, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
-        for rows, logits, log_p in _blocks(hidden, weight, bias, entries, _part(_space(0, hidden), 0, len(weight))):
-            at = targets[rows, None]
-            logp[rows] = log_p.gather(-1, at).squeeze(-1)
+        for own, logits, log_p in _blocks(hidden, weight, bias, rows, _part(_space(0, hidden), 0, len(weight))):
+            at = targets[own, None]
+            logp[own] = log_p.gather(-1, at).squeeze(-1)
             gradient = torch.exp(log_p, out=logits).neg_()
             gradient.scatter_add_(-1, at, torch.ones_like(at, dtype=gradient.dtype))
-            torch.mm(gradient.to(weight.dtype), weight, out=slope[rows])
+            torch.mm(gradient.to(weight.dtype), weight, out=slope[own])
         ctx.save_for_backward(slope)
         return logp
 
@@ -109,16 +108,17 @@ class LinearLogp(Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        rows: int,
         entries: int,
         keep: int,
         into: Callable[[], Tensor] | None,
     ) -> Tensor:
         logp, log_z = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
         kept = hidden.new_empty(keep, len(weight), dtype=torch.float32)
-        for rows, logits, log_p in _blocks(hidden, weight, bias, entries, kept):
-            at = targets[rows, None]
-            logp[rows] = log_p.gather(-1, at).squeeze(-1)
-            log_z[rows] = logits.gather(-1, at).squeeze(-1) - logp[rows]
+        for own, logits, log_p in _blocks(hidden, weight, bias, rows, kept):
+            at = targets[own, None]
+            logp[own] = log_p.gather(-1, at).squeeze(-1)
+            log_z[own] = logits.gather(-1, at).squeeze(-1) - logp[own]
         ctx.entries, ctx.into = entries, into
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, kept)
         return logp
@@ -158,7 +158,7 @@ class LinearLogp(Function):
                 torch.mm(gradient.T, hidden, out=d_weight[block])
             if into is not None:
                 _add_product(into[block], gradient.T, hidden)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None, None
 
 
 class AddedProduct(Function):
@@ -221,20 +221,21 @@ def _added(total: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _blocks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: int, kept: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int, kept: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Block after block: which rows, their logits, the logarithm of their softmax. Both have their place until the next block;
     `kept` [K, V]: the logarithms of the first K rows have it there."""
-    rows = min(_rows_of_logits(len(weight), entries), max(1, len(hidden)))
+    count, keep = len(hidden), len(kept)
+    rows = min(rows, max(1, count))
     space = _space(rows * len(weight), hidden)
-    other = _space(rows * len(weight) if len(kept) < len(hidden) else 0, hidden)
-    for first in range(0, len(hidden), rows):
-        block = slice(first, first + rows)
-        h = hidden[block]
+    other = _space(rows * len(weight) if keep < count else 0, hidden)
+    for first in (*range(0, keep, rows), *range(keep, count, rows)):
+        own = slice(first, min(first + rows, keep if first < keep else count))
+        h = hidden[own]
         logits = _product(h, weight, bias, out=_part(space, len(h), len(weight)))
-        place = kept[block] if first < len(kept) else _part(other, len(h), len(weight))
+        place = kept[own] if first < keep else _part(other, len(h), len(weight))
         # one pass over each row; logsumexp takes four, with a copy of all rows
-        yield block, logits, torch.log_softmax(logits, -1, out=place)
+        yield own, logits, torch.log_softmax(logits, -1, out=place)
 
 
 def _space(entries: int, like: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ log = logging.getLogger("preftune")
 
 LARGEST, SMALLEST = 16_384, 256  # tokens of a micro-batch: more makes no step faster, fewer makes it slower than it need be
 SHARE = 0.8  # of the free memory that activations may take: the allocator's gaps, and what other programs do meanwhile
-# bytes: three blocks of float32 logits on a GPU. On the CPU they are fewer and smaller; there it is what is imported on the way
-# as well, and what glibc keeps without using it again
+# bytes: three blocks of float32 logits on a GPU. On the CPU two, smaller where the vocabulary is; there it is what is imported
+# on the way as well, and what glibc keeps without using it again
 BESIDE = 3 * 2**27
 # what all layers keep for the backward pass, the temporary tensors of one of them there, and the allocator's gaps
 PASSING = 1.2
