@@ -268,6 +268,14 @@ def test_a_forward_pass_takes_wide_blocks_as_far_as_one_may_hold(vocabulary: int
     assert product.rows_forward(vocabulary, entries, product.WIDE) == rows
 
 
+def test_a_heads_own_code_takes_fewer_rows_of_a_large_vocabulary() -> None:
+    """It holds many tensors of them, in 1 GB."""
+    own: Any = Scorer(with_head("gemma2")).head
+    for vocabulary, rows in ((2**17, 32), (49_152, 64)):
+        own.output = torch.nn.Linear(16, vocabulary, device="meta")
+        assert own._rows(torch.zeros(1, 16)) == rows
+
+
 def test_a_run_hands_its_head_over(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, seen = render(tiny.pairs(4), tokenizer), list[bool]()
     right = product.LinearLogp.backward

@@ -24,7 +24,7 @@ from preftune.models.adapters import gives_scalars
 from preftune.models.randomness import evaluation_mode
 from preftune.scoring import product
 from preftune.scoring.backbone import backbone
-from preftune.scoring.product import AddedProduct, ChunkedLogp, entries_on, logp_of_product, rows_at_once, rows_forward
+from preftune.scoring.product import AddedProduct, ChunkedLogp, entries_on, logp_of_product, rows_forward
 
 log = logging.getLogger("preftune")
 
@@ -149,7 +149,8 @@ class Head:
     def _rows(self, hidden: Tensor) -> int:
         """How many positions at once, of a head whose own code may hold its logits several times."""
         weight = getattr(self.output, "weight", None)
-        return rows_at_once(hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0], self.entries)
+        vocabulary = hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0]
+        return rows_forward(vocabulary, self.entries, product.FEWEST, product.OWN)
 
     def _runs(self, model: Any) -> bool:
         """Whether the model's own forward takes hidden states. They may be of another width than those of its last product."""

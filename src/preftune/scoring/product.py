@@ -18,6 +18,7 @@ BLOCK, CPU_BLOCK = 2**25, 2**20
 PART = 2**23  # entries of a product that is added to a tensor of another precision
 KEPT = 2**26  # entries of a softmax that a trained head keeps for its backward pass: 256 MiB
 FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
+OWN = 2**22  # entries of logits at once on the CPU in a head's own code, which holds some twenty tensors of them: 16 MiB each
 WIDE = 256  # rows of logits made at once in a forward pass, caches or not: of 64 nearly half the time is reading the weights
 
 
@@ -62,9 +63,9 @@ def rows_at_once(others: int, entries: int) -> int:
     return max(FEWEST, entries // others)
 
 
-def rows_forward(vocabulary: int, entries: int, wide: int) -> int:
-    """How many rows of logits at once in a forward pass: `wide` of them if `BLOCK` has room, or all that `entries` hold."""
-    return max(1, entries // vocabulary, min(wide, BLOCK // vocabulary))
+def rows_forward(vocabulary: int, entries: int, wide: int, most: int = BLOCK) -> int:
+    """How many rows of logits at once in a forward pass: `wide` of them if `most` has room, or all that `entries` hold."""
+    return max(1, entries // vocabulary, min(wide, most // vocabulary))
 
 
 class FrozenLogp(Function):
