@@ -265,7 +265,7 @@ def test_no_more_logits_are_held_than_may_be_kept(kept: int, monkeypatch: pytest
     ],
 )
 def test_a_forward_pass_takes_wide_blocks_as_far_as_one_may_hold(vocabulary: int, entries: int, rows: int) -> None:
-    assert product.rows_forward(vocabulary, entries, product.WIDE) == rows
+    assert product.rows_of_logits(vocabulary, entries, product.WIDE) == rows
 
 
 def test_a_heads_own_code_takes_fewer_rows_of_a_large_vocabulary() -> None:

@@ -24,7 +24,7 @@ from preftune.models.adapters import gives_scalars
 from preftune.models.randomness import evaluation_mode
 from preftune.scoring import product
 from preftune.scoring.backbone import backbone
-from preftune.scoring.product import AddedProduct, ChunkedLogp, entries_on, logp_of_product, rows_forward
+from preftune.scoring.product import AddedProduct, ChunkedLogp, entries_on, logp_of_product, rows_of_logits
 
 log = logging.getLogger("preftune")
 
@@ -94,7 +94,7 @@ class Head:
         """
         if self.plain:
             weight, bias = self.output.weight, self.output.bias  # hidden states may be float32 beside a bfloat16 head
-            rows = rows_forward(len(weight), self.entries, self.wide)
+            rows = rows_of_logits(len(weight), self.entries, self.wide)
             how: Any = {"rows": rows, "entries": self.entries, "kept": self.kept // at_once, "into": self.into}
             return logp_of_product(hidden.to(weight.dtype), weight, bias, targets, **how)
         rows = self._rows(hidden)
@@ -150,7 +150,7 @@ class Head:
         """How many positions at once, of a head whose own code may hold its logits several times."""
         weight = getattr(self.output, "weight", None)
         vocabulary = hidden.shape[-1] if self.shell is None or weight is None else weight.shape[0]
-        return rows_forward(vocabulary, self.entries, product.FEWEST, product.OWN)
+        return rows_of_logits(vocabulary, self.entries, product.FEWEST, product.OWN)
 
     def _runs(self, model: Any) -> bool:
         """Whether the model's own forward takes hidden states. They may be of another width than those of its last product."""

@@ -63,8 +63,8 @@ def rows_at_once(others: int, entries: int) -> int:
     return max(FEWEST, entries // others)
 
 
-def rows_forward(vocabulary: int, entries: int, wide: int, most: int = BLOCK) -> int:
-    """How many rows of logits at once in a forward pass: `wide` of them if `most` has room, or all that `entries` hold."""
+def rows_of_logits(vocabulary: int, entries: int, wide: int, most: int = BLOCK) -> int:
+    """How many rows of a vocabulary's logits at once: `wide` if `most` entries have room, or all that `entries` hold."""
     return max(1, entries // vocabulary, min(wide, most // vocabulary))
 
 
