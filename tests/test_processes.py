@@ -119,7 +119,7 @@ def test_a_run_in_parts_is_saved_whole_and_goes_on_in_one_process(
     from transformers import AutoModelForCausalLM
 
     alone, parted = tmp_path / "alone", tmp_path / "parted"
-    with_eval = ["train.eval_every=2", "train.save_every=2"]
+    with_eval = ["dtype=float32", "train.eval_every=2", "train.save_every=2"]
     assert quietly(*words(files, *with_eval, f"out={alone}")[2:]) == 0
     for code, out, err in ended(start(2, *words(files, *with_eval, "train.parallel=fsdp", f"out={parted}"))):
         assert code == 0 and not out, err
@@ -220,6 +220,22 @@ def test_a_process_that_dies_while_it_loads_ends_the_run_too(files: Path, tmp_pa
     (code, _, err), (died, _, _) = ended(start(2, "-c", DIES, *words(files, f"out={out}")[2:]), seconds=60)
     assert (code, died) == (1, 9) and "Traceback" not in err, err
     assert "another process of this run has ended" in err and not out.exists()
+
+
+ENDS = """
+import atexit, os
+from preftune.cli.app import run
+atexit.register(os._exit, 9)
+run()
+"""
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
+def test_processes_that_are_done_leave_at_once(parallel: str, files: Path, tmp_path: Path) -> None:
+    """Python does not end around threads of torch that still run."""
+    own = words(files, "steps=1", f"train.parallel={parallel}", f"out={tmp_path / 'run'}")[2:]
+    assert [code for code, _, _ in ended(start(2, "-c", ENDS, *own))] == [0, 0]
+    assert metrics.read(tmp_path / "run" / "metrics.jsonl")
 
 
 def test_the_first_process_alone_speaks_of_a_refusal(files: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)  # of a process that waits for another one, which is alive but does not come
+_joined_others = False  # `joined` has been entered, whether left again or not
 
 
 def asked() -> int:
@@ -75,6 +76,8 @@ def joined() -> Generator[None]:
     import torch
     import torch.distributed as dist
 
+    global _joined_others
+    _joined_others = True
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
@@ -83,10 +86,10 @@ def joined() -> Generator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process, which failed. Where it has joined others, torch's threads for them still run, and would now and then
-    abort an orderly exit, with a code of their own."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Ends this process, at once where it has joined others. torch's threads for them may still run: after an error, and after
+    a good end too, since torch's caches hold the group of a model in parts. Where Python ends around them, they now and then
+    abort the process, with a code of their own."""
+    if _joined_others:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -162,6 +162,7 @@ def run(arguments: list[str] | None = None) -> None:
         if "--json" in arguments:
             _print_error(RunFailed(f"{type(error).__name__}: {error}", code="internal"))
         raise
+    processes.leave(0)
 
 
 def _fail(error: PreftuneError, arguments: list[str]) -> None:
