@@ -6,7 +6,8 @@ TRL_PYTHON is the interpreter of an environment with `trl==1.16.0` and the same 
 at a time, on all cores. TRL's best is searched first, in few steps, over micro-batch x checkpointing; then preftune, TRL's best
 and TRL's whole padded batch alternate. Printed: the losses of every step beside each other, pairs per second by the median of
 the steps after the first, peak memory. `--profile long` is preftune sharing the prompt beside preftune with a copy per answer;
-`--smaller 512` runs preftune with micro-batches of at most 512 tokens too, beside the same.
+`--smaller 512` runs preftune with micro-batches of at most 512 tokens too, beside the same, and `--recomputed 512` with
+activation checkpointing besides.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", help="TRL's micro-batches that are tried; all divisors of the batch")
     parser.add_argument("--no-checkpointing", action="store_true", help="leave TRL's gradient checkpointing out of the search")
     parser.add_argument("--smaller", type=int, nargs="+", default=[], help="preftune with so many tokens at once, too")
+    parser.add_argument("--recomputed", type=int, nargs="+", default=[], help="the same with activation checkpointing")
     words = parser.parse_args()
     folder = common.prepared(words, words.profile, words.steps + rows.WARM)
     batch = json.loads((folder / "settings.json").read_text())["batch"]
@@ -105,6 +107,7 @@ def main() -> None:
     others = rivals(words, grid, batch)
     how = {"dtype": words.dtype, "tokens": words.tokens, "steps": words.steps + rows.WARM}
     ours = {"preftune": how, **{f"{n} tokens at once": how | {"tokens": n} for n in words.smaller}}
+    ours |= {f"{n} tokens, recomputed": how | {"tokens": n, "checkpointing": True} for n in words.recomputed}
     runs: dict[str, list[Arm]] = {name: [] for name in (*ours, *others)}
     for _ in range(words.repeats):
         for name, how in {**ours, **others}.items():
@@ -120,7 +123,7 @@ def main() -> None:
     show(words, runs, against)
     result = {"batch": batch, "against": against, "runs": runs, "grid": grid}
     trl = None if words.profile == "long" else words.trl
-    name = "-".join(["dpo_step", words.profile, *(["smaller"] if words.smaller else []), words.dtype])
+    name = "-".join(["dpo_step", words.profile, *(["smaller"] if len(ours) > 1 else []), words.dtype])
     common.write(words, name, result, trl)
 
 

@@ -18,13 +18,15 @@ class Preftune:
 
     Args:
         folder: of rows.prepare.
-        how: `dtype`, `tokens` of a micro-batch, `steps` to take, `share` the prompts (yes, where it is not said).
+        how: `dtype`, `tokens` of a micro-batch, `steps` to take, `share` the prompts (yes, where it is not said),
+            `checkpointing` (no).
     """
 
     def __init__(self, folder: Path, how: dict[str, Any]) -> None:
         import torch
 
         from preftune import methods, read, render
+        from preftune.models.adapters import checkpointing_on
         from preftune.models.load import load_model, load_tokenizer
         from preftune.training.memory import keep_freed_memory
         from preftune.training.options import TrainOptions
@@ -48,7 +50,8 @@ class Preftune:
         # the reference first: what loading takes for a moment is gone before anything else stands
         self.reference = load_model(model, dtype=dtype).requires_grad_(False)
         self.reference_logp = torch.full((len(self.batch),), float("nan"))
-        self.weights = Weights(load_model(model), dtype)
+        policy = load_model(model)
+        self.weights = Weights(checkpointing_on(policy) if how.get("checkpointing") else policy, dtype)
 
     def responses(self, examples: tuple[Any, ...]) -> list[int]:
         """The rows of the batch that some examples need."""

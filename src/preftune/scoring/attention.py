@@ -21,7 +21,8 @@ from preftune.scoring.trie import Trie
 from preftune.scoring.virtual import Kept, Virtual, below, in_place
 
 KEYWORD = "preftune_trie"
-SMALL = 2**18  # queries times keys of a node
+SMALL = 2**18  # queries times keys of a call
+WORTH = 2**12  # queries times keys that cost no more than a call: measured on a CPU
 PREFIX = "preftune_"
 
 
@@ -29,13 +30,15 @@ PREFIX = "preftune_"
 class Layout:
     """What attention needs of a trie, on the device: and the masks that it makes once for all layers.
 
-    trie: the row that the model is given. lengths: of the nodes. paths: for each node its ancestors and itself. blocks: of
-    FlexAttention, which then takes the whole trie in one call; None: node by node. compare: both are run, and may not differ.
+    trie: the row that the model is given. calls: of attention, the nodes of each; lengths: their tokens; paths: for each those
+    before it whose keys it sees, and itself. blocks: of FlexAttention, which then takes the whole trie in one call; None: call
+    by call. compare: both are run, and may not differ.
     kept: keys and values that stand for those of the trie's root, of `root` tokens: prefix tuning.
     windows: of each call of attention, by which a model that does not attend along the trie is found.
     """
 
     trie: Trie
+    calls: list[range]
     lengths: list[int]
     paths: list[list[int]]
     device: torch.device
@@ -44,12 +47,8 @@ class Layout:
     kept: Kept | None = None
     root: int = 0
     windows: list[int | None] = field(default_factory=list["int | None"])
-    _masks: dict[tuple[int, int, int | None], Tensor | None] = field(
-        default_factory=dict[tuple[int, int, int | None], "Tensor | None"]
-    )
-    _added: dict[tuple[int, int, int | None, int], Tensor] = field(
-        default_factory=dict[tuple[int, int, int | None, int], Tensor]
-    )
+    _masks: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict[tuple[int | None, ...], Tensor])
+    _added: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict[tuple[int | None, ...], Tensor])
 
     @classmethod
     def of(
@@ -65,33 +64,72 @@ class Layout:
         root, kept = (virtual.count, virtual.kept()) if virtual else (0, None)
         trie = below(trie, root) if root else trie
         trie = flex.filled(trie) if fused else trie
-        lengths, paths = [n.end - n.begin for n in trie.nodes], [trie.path(i) for i in range(len(trie.nodes))]
-        return cls(trie, lengths, paths, device, flex.Blocks(trie, device) if fused else None, compare, kept, root)
+        calls = subtrees(trie, WORTH if device.type == "cpu" else 0)
+        of_node = {node: n for n, call in enumerate(calls) for node in call}
+        lengths = [trie.nodes[call[-1]].end - trie.nodes[call[0]].begin for call in calls]
+        paths = [[of_node[node] for node in trie.path(call[0])] for call in calls]
+        return cls(trie, calls, lengths, paths, device, flex.Blocks(trie, device) if fused else None, compare, kept, root)
 
-    def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
-        """[queries, keys] True = visible, for a node's tokens at the end of its keys; None where all of them are."""
-        wanted = (queries, keys, window)
+    def mask(self, call: int, keys: int, window: int | None) -> Tensor | None:
+        """[queries, keys] True = visible, for a call's tokens at the end of its keys; None where all of them are."""
+        queries = self.lengths[call]
+        if len(self.calls[call]) == queries == 1 and (window is None or keys <= window):
+            return None
+        wanted = (*self._like(call), keys, window)
         if wanted not in self._masks:
-            self._masks[wanted] = self._make_mask(*wanted)
+            self._masks[wanted] = self._make_mask(self.calls[call], keys, window)
         return self._masks[wanted]
 
-    def added(self, queries: int, keys: int, window: int | None, heads: int, like: Tensor) -> Tensor:
+    def added(self, call: int, keys: int, window: int | None, heads: int, like: Tensor) -> Tensor:
         """[heads * queries, keys] 0 = visible, -inf = not, the mask of `heads` heads below each other."""
-        wanted = (queries, keys, window, heads)
+        wanted = (*self._like(call), keys, window, heads)
         if wanted not in self._added:
-            mask = self.mask(queries, keys, window)
-            zeros = like.new_zeros(queries, keys)
+            mask = self.mask(call, keys, window)
+            zeros = like.new_zeros(self.lengths[call], keys)
             one = zeros if mask is None else zeros.masked_fill(~mask, float("-inf"))
             self._added[wanted] = one.repeat(heads, 1)
         return self._added[wanted]
 
-    def _make_mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
-        if queries == 1 and (window is None or keys <= window):
-            return None
-        key = torch.arange(keys, device=self.device)
-        query = key[keys - queries :, None]
-        visible = key <= query
-        return visible if window is None else visible & (query - key < window)
+    def _like(self, call: int) -> tuple[int, int]:
+        """Calls of one node have the same masks where they are as long; one of several has its own."""
+        return (-1 if len(self.calls[call]) == 1 else call), self.lengths[call]
+
+    def _make_mask(self, call: range, keys: int, window: int | None) -> Tensor:
+        """The last keys are the call's own tokens, those before them the last ones of its ancestors."""
+        nodes = [self.trie.nodes[n] for n in call]
+        own = torch.tensor([node.position + i for node in nodes for i in range(node.end - node.begin)], device=self.device)
+        others = torch.arange(nodes[0].position - keys + len(own), nodes[0].position, device=self.device)
+        visible = torch.ones(len(own), keys, dtype=torch.bool, device=self.device).tril(keys - len(own))
+        within = {n: slice(node.begin - nodes[0].begin, node.end - nodes[0].begin) for n, node in zip(call, nodes, strict=True)}
+        for n, queries in within.items():
+            beside = within.keys() - self.trie.path(n)
+            for m in beside:
+                visible[queries, len(others) :][:, within[m]] = False
+        return visible if window is None else visible & (own[:, None] - torch.cat([others, own]) < window)
+
+
+def subtrees(trie: Trie, worth: int) -> list[range]:
+    """The nodes of each call of attention: one, or one with all below it, where for each call that is saved no more than
+    `worth` products of a query and a key are added, which a mask then hides."""
+    count = len(trie.nodes)
+    last, cost, calls = list(range(count)), [0] * count, [1] * count  # of the subtree of each node
+    for n in reversed(range(count)):  # children come after their parent: theirs are known, and stand here as sums
+        node = trie.nodes[n]
+        tokens, all_tokens = node.end - node.begin, trie.nodes[last[n]].end - node.begin
+        cost[n] += tokens * (node.position + tokens)
+        together = all_tokens * (node.position + all_tokens)
+        if calls[n] > 1 and together <= min(SMALL, cost[n] + worth * (calls[n] - 1)):
+            cost[n], calls[n] = together, 1
+        if node.parent >= 0:
+            last[node.parent] = max(last[node.parent], last[n])
+            cost[node.parent] += cost[n]
+            calls[node.parent] += calls[n]
+    found: list[range] = []
+    n = 0
+    while n < count:
+        found.append(range(n, last[n] + 1 if calls[n] == 1 else n + 1))
+        n = found[-1].stop
+    return found
 
 
 def attend(
@@ -173,24 +211,24 @@ def _node_by_node(
     queries, keys, values = (x.split(layout.lengths, dim=2) for x in (query, key, value))
     plain = softcap is None and s_aux is None
     outputs: list[Tensor] = []
-    for node, path in enumerate(layout.paths):
+    for call, path in enumerate(layout.paths):
         k, v = _join([keys[n] for n in path]), _join([values[n] for n in path])
-        q, first = queries[node], 0
+        q, first = queries[call], 0
         if sliding_window is not None:  # keys that no token of this node sees
             first = max(0, k.shape[2] - q.shape[2] - sliding_window + 1)
             k, v = k[:, :, first:], v[:, :, first:]
         wide = k.shape[2]
         window = None if sliding_window is None or wide <= sliding_window else sliding_window
         if plain and _small(q, wide) and not dropout:
-            out = _products(q, k, v, layout, window, scaling)
+            out = _products(q, k, v, layout.added(call, wide, window, q.shape[1] // k.shape[1], q), scaling)
         elif plain:
-            causal = q.shape[2] == wide and wide > 1 and window is None
-            mask = None if causal else layout.mask(q.shape[2], wide, window)
+            causal = q.shape[2] == wide and wide > 1 and window is None and len(layout.calls[call]) == 1
+            mask = None if causal else layout.mask(call, wide, window)
             out = scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         else:
-            out = _eager(q, k, v, layout.mask(q.shape[2], wide, window), scaling, dropout, softcap, s_aux)
+            out = _eager(q, k, v, layout.mask(call, wide, window), scaling, dropout, softcap, s_aux)
         outputs.append(out.transpose(1, 2))
     # contiguous, as from transformers' own functions: some models take a view of it
     return torch.cat(outputs, dim=1)
@@ -202,13 +240,12 @@ def _small(q: Tensor, keys: int) -> bool:
     return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] * keys <= SMALL
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, scaling: float | None) -> Tensor:
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
     """The heads that share keys stand below each other as rows of one product."""
-    heads, queries, wide, groups = q.shape[1], q.shape[2], k.shape[2], k.shape[1]
+    heads, queries, groups = q.shape[1], q.shape[2], k.shape[1]
     rows = q.reshape(groups, -1, q.shape[3])
-    hidden = layout.added(queries, wide, window, heads // groups, q).expand(groups, -1, -1)
     alpha = q.shape[3] ** -0.5 if scaling is None else scaling
-    scores = torch.baddbmm(hidden, rows, k[0].transpose(1, 2), alpha=alpha)
+    scores = torch.baddbmm(mask.expand(groups, -1, -1), rows, k[0].transpose(1, 2), alpha=alpha)
     return (torch.softmax(scores, -1) @ v[0]).reshape(1, heads, queries, v.shape[3])
 
 
