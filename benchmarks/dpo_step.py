@@ -123,7 +123,7 @@ def main() -> None:
     show(words, runs, against)
     result = {"batch": batch, "against": against, "runs": runs, "grid": grid}
     trl = None if words.profile == "long" else words.trl
-    name = "-".join(["dpo_step", words.profile, *(["smaller"] if len(ours) > 1 else []), words.dtype])
+    name = "-".join(["dpo_step", words.profile, *(["smaller"] if words.smaller or words.recomputed else []), words.dtype])
     common.write(words, name, result, trl)
 
 

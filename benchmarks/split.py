@@ -38,12 +38,12 @@ def sequences(shared: int, answers: int, groups: int, vocabulary: int) -> list[t
 
 def seconds(model: Any, trie: Any, device: Any) -> float:
     """Of one forward and backward of the layers."""
-    from preftune.scoring.attention import Layout
     from preftune.scoring.backbone import along
+    from preftune.scoring.layout import Layout
 
     model.zero_grad(set_to_none=True)
     began = time.perf_counter()
-    along(model, Layout.of(trie, device)).float().square().mean().backward()
+    along(model, Layout.of(trie, device, model.dtype)).float().square().mean().backward()
     return time.perf_counter() - began
 
 

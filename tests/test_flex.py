@@ -16,6 +16,7 @@ from test_trie import SHARING, build, one_by_one, rows, same_gradients
 from torch import Tensor
 
 from preftune.scoring import attention, flex, scorer
+from preftune.scoring.layout import Layout
 from preftune.scoring.scorer import Scorer
 from preftune.scoring.trie import Trie, grow
 
@@ -143,7 +144,7 @@ def node_by_node(model: Any) -> Scorer:
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GptOss"])
-def test_one_call_equals_node_by_node(name: str, fused: None) -> None:
+def test_one_call_equals_call_by_call(name: str, fused: None) -> None:
     """Values and gradients: windows shorter than prompts, than responses, across the boundary of nodes; soft-caps; sinks."""
     model = build(name, SHARING[name])
     plain = copy.deepcopy(model)
@@ -170,17 +171,17 @@ def test_with_checkpointing_a_layer_finds_the_blocks_of_its_own_trie(fused: None
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_one_call_of_attention_is_node_by_node(
+def test_one_call_of_attention_is_call_by_call(
     dtype: torch.dtype, window: int | None, softcap: float | None, sinks: bool, fused: None
 ) -> None:
     """Heads that share keys, values wider than keys; the gradient of sinks too; the precision stays."""
-    layout = attention.Layout.of(tries(4, seed=5)[3], CPU, fused=True)
+    layout = Layout.of(tries(4, seed=5)[3], CPU, torch.float32, fused=True)
     size, draw = len(layout.trie.ids), torch.Generator().manual_seed(0)
     shapes = [(1, 6, size, 8), (1, 2, size, 8), (1, 2, size, 16), *([(6,)] if sinks else [])]
     leaves = [torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in shapes]
     how: dict[str, Any] = {"scaling": 0.4, "sliding_window": window, "softcap": softcap, "s_aux": leaves[3] if sinks else None}
     assert layout.blocks is not None
-    ways = (flex.attend(*leaves[:3], layout.blocks, **how), attention._node_by_node(*leaves[:3], layout, **how))
+    ways = (flex.attend(*leaves[:3], layout.blocks, **how), attention._call_by_call(*leaves[:3], layout, **how))
     slope = torch.randn(ways[0].shape, generator=draw).to(dtype)
     found, expected = ([out.detach(), *torch.autograd.grad(out, leaves, slope)] for out in ways)
     assert all(out.is_contiguous() for out in ways)
@@ -196,14 +197,14 @@ def test_changing_lengths_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> 
     how: dict[str, Any] = {"scaling": 0.4, "softcap": 2.0, "s_aux": torch.randn(14)}
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed, trie in enumerate(tries(4, seed=1)):
-            layout = attention.Layout.of(trie, CPU, fused=True)
+            layout = Layout.of(trie, CPU, torch.float32, fused=True)
             assert layout.blocks is not None
             size, draw = len(layout.trie.ids), torch.Generator().manual_seed(seed)
             # heads: not as many as there are blocks, since torch takes sizes that are equal at first for one
             q, k, v = (torch.randn(1, size, n, 8, generator=draw).transpose(1, 2).requires_grad_() for n in (14, 7, 7))
             for window in (3, 50):
                 out = flex.attend(q, k, v, layout.blocks, sliding_window=window, **how)
-                expected = attention._node_by_node(q, k, v, layout, sliding_window=window, **how)
+                expected = attention._call_by_call(q, k, v, layout, sliding_window=window, **how)
                 torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
                 out.sum().backward()
     flex._compiled.cache_clear()
@@ -258,7 +259,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_where_it_fails_attention_runs_node_by_node_and_says_so_once(
+def test_where_it_fails_attention_runs_call_by_call_and_says_so_once(
     what: str, fused: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     attend, why = BROKEN[what]
@@ -283,10 +284,10 @@ def test_a_model_that_cannot_share_says_only_that(fused: None, caplog: pytest.Lo
 
 def test_it_is_tried_on_blocks_seen_in_part_and_in_full(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as the model has positions for it, and never beyond them: on CUDA that would be the end of the process."""
-    layouts: list[attention.Layout] = []
+    layouts: list[Layout] = []
     compared = attention._compared
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, layout: attention.Layout, how: dict[str, Any]) -> Tensor:
+    def spy(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: dict[str, Any]) -> Tensor:
         layouts.append(layout)
         return compared(query, key, value, layout, how)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -552,16 +551,6 @@ def test_freed_memory_is_kept_as_far_as_glibc_lets(most: int, set_: list[int], m
     memory.keep_freed_memory()
     assert [size for which, size in asked if which == -3] == set_
     assert [size for which, size in asked if which == -1] == ([2**31 - 1] if most else [])
-
-
-def test_onednn_keeps_few_kernels_where_nobody_has_said_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    for said, then in ((None, "128"), ("7", "7")):
-        monkeypatch.delenv(name, raising=False)
-        if said:
-            monkeypatch.setenv(name, said)
-        memory.keep_freed_memory()
-        assert os.environ[name] == then
 
 
 def test_free_memory_is_what_the_tighter_of_machine_and_container_leaves(tmp_path: Path) -> None:

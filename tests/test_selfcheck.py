@@ -18,7 +18,7 @@ from command import PAIRS, call, write_model, write_rows
 import preftune
 from preftune.data.render import Batch, Rendered, render
 from preftune.errors import RunFailed
-from preftune.scoring import attention, exact, product, selfcheck, trie
+from preftune.scoring import attention, exact, layout, product, selfcheck, trie
 from preftune.scoring.scorer import Scorer
 from preftune.scoring.selfcheck import Difference, check_path, check_start, difference, few, one_by_one, shortened
 from preftune.scoring.sharing import cannot_share
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("short_answers", "no_report")
 
 
 def mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    right = attention.Layout.mask
+    right = layout.Layout.mask
 
     def wrong(self: Any, *given: Any) -> Any:
         mask = right(self, *given)
         return None if mask is None else mask.roll(1, 1)
 
-    patch.setattr(attention.Layout, "mask", wrong)
+    patch.setattr(layout.Layout, "mask", wrong)
 
 
 def positions_not_continued(patch: pytest.MonkeyPatch) -> None:

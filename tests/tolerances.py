@@ -19,6 +19,7 @@ FIGURE = 1e-5  # means of float32 values in a metrics line
 KL = 1e-5  # nats per response against an enumeration
 RELATIVE = 1e-5  # a response's logp by another path in float32; a gradient of all parameters, by its length
 TENSOR = 5e-5  # relative: the gradient of one parameter by another path, by its length
+TREMBLES = 1e-3  # relative: a gradient of all parameters, by its length, when the last bit of each changes
 BF16 = 2e-2  # nats per token: two passes in bfloat16
 BF16_FARTHER = 2.0  # times the error of bfloat16 one by one against float32, which another path in bfloat16 may have
 BF16_SUM = 1e-2  # of the largest entry: a gradient of micro-batches, by another order of its sums

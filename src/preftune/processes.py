@@ -70,14 +70,17 @@ def rank() -> int:
 @contextmanager
 def joined() -> Generator[None]:
     """Inside, the processes that were started know each other; where somebody else has joined them already, nothing is done."""
-    if asked() == 1 or size() > 1:
+    if asked() == 1:
+        yield
+        return
+    global _joined_others
+    _joined_others = True
+    if size() > 1:
         yield
         return
     import torch
     import torch.distributed as dist
 
-    global _joined_others
-    _joined_others = True
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)

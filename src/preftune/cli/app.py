@@ -143,6 +143,7 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         typer.main.get_command(app).main(arguments or ["--help"], prog_name="preftune", standalone_mode=False)
+        processes.leave(0)
     except PreftuneError as error:
         _fail(error, arguments)
     except UsageError as error:
@@ -162,7 +163,6 @@ def run(arguments: list[str] | None = None) -> None:
         if "--json" in arguments:
             _print_error(RunFailed(f"{type(error).__name__}: {error}", code="internal"))
         raise
-    processes.leave(0)
 
 
 def _fail(error: PreftuneError, arguments: list[str]) -> None:

@@ -9,7 +9,6 @@ checkpointing a layer runs again during the backward pass, and must find the tri
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,119 +16,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from preftune.scoring import flex
-from preftune.scoring.trie import Trie
-from preftune.scoring.virtual import Kept, Virtual, below, in_place
+from preftune.scoring.layout import Layout, by_products
+from preftune.scoring.virtual import in_place
 
 KEYWORD = "preftune_trie"
-SMALL = 2**18  # queries times keys of a call
-WORTH = 2**12  # queries times keys that cost no more than a call: measured on a CPU
 PREFIX = "preftune_"
-
-
-@dataclass(slots=True)
-class Layout:
-    """What attention needs of a trie, on the device: and the masks that it makes once for all layers.
-
-    trie: the row that the model is given. calls: of attention, the nodes of each; lengths: their tokens; paths: for each those
-    before it whose keys it sees, and itself. blocks: of FlexAttention, which then takes the whole trie in one call; None: call
-    by call. compare: both are run, and may not differ.
-    kept: keys and values that stand for those of the trie's root, of `root` tokens: prefix tuning.
-    windows: of each call of attention, by which a model that does not attend along the trie is found.
-    """
-
-    trie: Trie
-    calls: list[range]
-    lengths: list[int]
-    paths: list[list[int]]
-    device: torch.device
-    blocks: flex.Blocks | None = None
-    compare: bool = False
-    kept: Kept | None = None
-    root: int = 0
-    windows: list[int | None] = field(default_factory=list["int | None"])
-    _masks: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict[tuple[int | None, ...], Tensor])
-    _added: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict[tuple[int | None, ...], Tensor])
-
-    @classmethod
-    def of(
-        cls,
-        trie: Trie,
-        device: torch.device,
-        *,
-        virtual: Virtual | None = None,
-        fused: bool = False,
-        compare: bool = False,
-    ) -> Layout:
-        """virtual: tokens that stand before all of the trie's."""
-        root, kept = (virtual.count, virtual.kept()) if virtual else (0, None)
-        trie = below(trie, root) if root else trie
-        trie = flex.filled(trie) if fused else trie
-        calls = subtrees(trie, WORTH if device.type == "cpu" else 0)
-        of_node = {node: n for n, call in enumerate(calls) for node in call}
-        lengths = [trie.nodes[call[-1]].end - trie.nodes[call[0]].begin for call in calls]
-        paths = [[of_node[node] for node in trie.path(call[0])] for call in calls]
-        return cls(trie, calls, lengths, paths, device, flex.Blocks(trie, device) if fused else None, compare, kept, root)
-
-    def mask(self, call: int, keys: int, window: int | None) -> Tensor | None:
-        """[queries, keys] True = visible, for a call's tokens at the end of its keys; None where all of them are."""
-        queries = self.lengths[call]
-        if len(self.calls[call]) == queries == 1 and (window is None or keys <= window):
-            return None
-        wanted = (*self._like(call), keys, window)
-        if wanted not in self._masks:
-            self._masks[wanted] = self._make_mask(self.calls[call], keys, window)
-        return self._masks[wanted]
-
-    def added(self, call: int, keys: int, window: int | None, heads: int, like: Tensor) -> Tensor:
-        """[heads * queries, keys] 0 = visible, -inf = not, the mask of `heads` heads below each other."""
-        wanted = (*self._like(call), keys, window, heads)
-        if wanted not in self._added:
-            mask = self.mask(call, keys, window)
-            zeros = like.new_zeros(self.lengths[call], keys)
-            one = zeros if mask is None else zeros.masked_fill(~mask, float("-inf"))
-            self._added[wanted] = one.repeat(heads, 1)
-        return self._added[wanted]
-
-    def _like(self, call: int) -> tuple[int, int]:
-        """Calls of one node have the same masks where they are as long; one of several has its own."""
-        return (-1 if len(self.calls[call]) == 1 else call), self.lengths[call]
-
-    def _make_mask(self, call: range, keys: int, window: int | None) -> Tensor:
-        """The last keys are the call's own tokens, those before them the last ones of its ancestors."""
-        nodes = [self.trie.nodes[n] for n in call]
-        own = torch.tensor([node.position + i for node in nodes for i in range(node.end - node.begin)], device=self.device)
-        others = torch.arange(nodes[0].position - keys + len(own), nodes[0].position, device=self.device)
-        visible = torch.ones(len(own), keys, dtype=torch.bool, device=self.device).tril(keys - len(own))
-        within = {n: slice(node.begin - nodes[0].begin, node.end - nodes[0].begin) for n, node in zip(call, nodes, strict=True)}
-        for n, queries in within.items():
-            beside = within.keys() - self.trie.path(n)
-            for m in beside:
-                visible[queries, len(others) :][:, within[m]] = False
-        return visible if window is None else visible & (own[:, None] - torch.cat([others, own]) < window)
-
-
-def subtrees(trie: Trie, worth: int) -> list[range]:
-    """The nodes of each call of attention: one, or one with all below it, where for each call that is saved no more than
-    `worth` products of a query and a key are added, which a mask then hides."""
-    count = len(trie.nodes)
-    last, cost, calls = list(range(count)), [0] * count, [1] * count  # of the subtree of each node
-    for n in reversed(range(count)):  # children come after their parent: theirs are known, and stand here as sums
-        node = trie.nodes[n]
-        tokens, all_tokens = node.end - node.begin, trie.nodes[last[n]].end - node.begin
-        cost[n] += tokens * (node.position + tokens)
-        together = all_tokens * (node.position + all_tokens)
-        if calls[n] > 1 and together <= min(SMALL, cost[n] + worth * (calls[n] - 1)):
-            cost[n], calls[n] = together, 1
-        if node.parent >= 0:
-            last[node.parent] = max(last[node.parent], last[n])
-            cost[node.parent] += cost[n]
-            calls[node.parent] += calls[n]
-    found: list[range] = []
-    n = 0
-    while n < count:
-        found.append(range(n, last[n] + 1 if calls[n] == 1 else n + 1))
-        n = found[-1].stop
-    return found
 
 
 def attend(
@@ -161,11 +52,11 @@ def attend(
         return _compared(query, key, value, layout, how)
     if layout.blocks is not None and not dropout:  # FlexAttention has none
         return flex.attend(query, key, value, layout.blocks, **how)
-    return _node_by_node(query, key, value, layout, dropout=dropout, **how)
+    return _call_by_call(query, key, value, layout, dropout=dropout, **how)
 
 
 def _compared(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: dict[str, Any]) -> Tensor:
-    """Attention in one call, after it and its gradients were compared with those node by node: on random numbers, since of a
+    """Attention in one call, after it and its gradients were compared with those call by call: on random numbers, since of a
     model's own the gradients may be little but rounding, and layer by layer, in the memory of one.
 
     Raises:
@@ -175,7 +66,7 @@ def _compared(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: di
     draw = torch.Generator(query.device).manual_seed(0)  # its own: a run's random numbers do not depend on this
     with torch.enable_grad():
         q, k, v = (torch.empty_like(x).normal_(generator=draw).requires_grad_() for x in (query, key, value))
-        ours, theirs = flex.attend(q, k, v, layout.blocks, **how), _node_by_node(q, k, v, layout, **how)
+        ours, theirs = flex.attend(q, k, v, layout.blocks, **how), _call_by_call(q, k, v, layout, **how)
         slope = torch.empty_like(theirs).normal_(generator=draw)
         found, expected = ([x, *torch.autograd.grad(x, (q, k, v), slope)] for x in (ours, theirs))
     for name, a, b in zip(("output", "gradient of q", "gradient of k", "gradient of v"), found, expected, strict=True):
@@ -194,7 +85,7 @@ def bound(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 5e-2
 
 
-def _node_by_node(
+def _call_by_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -206,7 +97,7 @@ def _node_by_node(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """A call or two of attention for each node, with its path for keys."""
+    """A call of attention for each node, or for one with all below it (`subtrees`), with its path for keys."""
     # split once: the gradient of many slices of one tensor would be as many tensors of its whole size
     queries, keys, values = (x.split(layout.lengths, dim=2) for x in (query, key, value))
     plain = softcap is None and s_aux is None
@@ -214,12 +105,12 @@ def _node_by_node(
     for call, path in enumerate(layout.paths):
         k, v = _join([keys[n] for n in path]), _join([values[n] for n in path])
         q, first = queries[call], 0
-        if sliding_window is not None:  # keys that no token of this node sees
+        if sliding_window is not None:  # keys that no token of this call sees
             first = max(0, k.shape[2] - q.shape[2] - sliding_window + 1)
             k, v = k[:, :, first:], v[:, :, first:]
         wide = k.shape[2]
         window = None if sliding_window is None or wide <= sliding_window else sliding_window
-        if plain and _small(q, wide) and not dropout:
+        if plain and by_products(q.dtype, q.device, q.shape[2] * wide) and not dropout:
             out = _products(q, k, v, layout.added(call, wide, window, q.shape[1] // k.shape[1], q), scaling)
         elif plain:
             causal = q.shape[2] == wide and wide > 1 and window is None and len(layout.calls[call]) == 1
@@ -232,12 +123,6 @@ def _node_by_node(
         outputs.append(out.transpose(1, 2))
     # contiguous, as from transformers' own functions: some models take a view of it
     return torch.cat(outputs, dim=1)
-
-
-def _small(q: Tensor, keys: int) -> bool:
-    """Where two batched products beat torch's fused attention: in bfloat16 on the CPU, three to five times at these sizes. They
-    keep their probabilities for the backward pass, which bounds the size."""
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] * keys <= SMALL
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from preftune.scoring import attention
+from preftune.scoring.layout import Layout
 from preftune.scoring.virtual import Virtual
 
 
@@ -28,7 +29,7 @@ def _inside(model: Any) -> list[nn.Module]:
     return [inner for child in model.children() for inner in child.modules()]
 
 
-def along(model: Any, layout: attention.Layout, virtual: Virtual | None = None) -> Tensor:
+def along(model: Any, layout: Layout, virtual: Virtual | None = None) -> Tensor:
     """[T, D] hidden states of the flat row of a trie, and after them those of what the layout fills it up with; of virtual
     tokens, which stand before it in the layout, none."""
     attention.install(model)

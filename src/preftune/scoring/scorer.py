@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from preftune.data.render import Rendered
 from preftune.errors import Refusal
 from preftune.models.adapters import gives_scalars, inside, virtual_tokens
-from preftune.scoring.attention import Layout
 from preftune.scoring.backbone import along, padded, whole
 from preftune.scoring.head import Head, Kind, ScalarHead, Value
+from preftune.scoring.layout import Layout
 from preftune.scoring.rope import Rope
 from preftune.scoring.sharing import cannot_share, is_fused
 from preftune.scoring.trie import SHORTEST, grow
@@ -110,7 +110,8 @@ class Scorer(nn.Module):
         self.rope.restart()
         if self.shares:
             trie = grow([s.ids for s in sequences], SHORTEST, [s.attachments for s in sequences])
-            hidden = along(self.inner, Layout.of(trie, self.device, virtual=virtual, fused=self.fused), virtual)
+            layout = Layout.of(trie, self.device, self.inner.dtype, virtual=virtual, fused=self.fused)
+            hidden = along(self.inner, layout, virtual)
             places = [trie.places(n) for n in range(len(sequences))]
             tokens = len(trie.ids) + (virtual.count if virtual else 0)
         else:

@@ -16,6 +16,7 @@ from preftune.models.weights import name_of
 from preftune.scoring import attention, exact, flex
 from preftune.scoring.backbone import along, backbone, padded
 from preftune.scoring.head import Head
+from preftune.scoring.layout import Layout
 from preftune.scoring.rope import Rope
 from preftune.scoring.trie import grow
 
@@ -129,7 +130,7 @@ def _distance(model: Any, kinds: list[str], *, fused: bool) -> float | str:
     prompt = [(7 * n + 3) % vocabulary for n in range(length)]
     sequences = [(*prompt, *((5 * n + k) % vocabulary for n in range(4 + k))) for k in range(3)]
     trie = grow(sequences, 1)
-    layout = attention.Layout.of(trie, device, fused=fused, compare=fused)
+    layout = Layout.of(trie, device, model.dtype, fused=fused, compare=fused)
     try:
         with torch.no_grad(), evaluation_mode(model):
             rope.restart()

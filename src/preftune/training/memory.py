@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +26,6 @@ log = logging.getLogger("preftune")
 T = TypeVar("T")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_KERNELS = 128  # of oneDNN's 1,024, some 0.4 MB each: more than one layer's passes need
 
 
 def memory_gb() -> float:
@@ -40,12 +38,9 @@ def memory_gb() -> float:
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed blocks for the next tensor of the same size. On the CPU every large tensor is otherwise
-    mapped, zeroed by the kernel and unmapped again: up to half of a small model's step. And oneDNN, which multiplies in
-    bfloat16, to keep fewer of the kernels that it compiles for each shape: micro-batches of any length always have new ones.
-    Nothing happens elsewhere. Call before anything is computed: oneDNN asks once."""
+    mapped, zeroed by the kernel and unmapped again: up to half of a small model's step. Nothing happens elsewhere."""
     if torch.cuda.is_available():
         return
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS))
     # older versions take no more than half of a heap; to set the other alone would end what glibc does by itself
     if any(_of_glibc("mallopt", _M_MMAP_THRESHOLD, size) for size in (2**31 - 1, 2**25)):
         _of_glibc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)
