@@ -212,6 +212,11 @@ def checkpointing_on(model: Any) -> Any:
     return model
 
 
+def is_checkpointed(model: Any) -> bool:
+    """Whether any of its layers is computed again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @contextmanager
 def adapter_off(model: Any) -> Generator[None]:
     """The base model for the time of the call, with the gradients of exactly the same parameters on afterwards."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from preftune.data.render import Rendered
 from preftune.errors import Refusal
-from preftune.models.adapters import gives_scalars
+from preftune.models.adapters import gives_scalars, is_checkpointed
 from preftune.models.randomness import evaluation_mode
 from preftune.scoring import product
 from preftune.scoring.backbone import backbone
@@ -57,7 +57,8 @@ class Head:
             self.body = self.shell = None
         weight = getattr(self.output, "weight", None)
         device = next(model.parameters()).device if weight is None else weight.device
-        self.entries, self.wide, self.kept = entries_on(device), product.WIDE, product.KEPT
+        self.entries, self.wide = entries_on(device), product.WIDE
+        self.kept = 0 if is_checkpointed(model) else product.KEPT  # who has layers computed again wants the memory
         # gives the tensor that the gradient of the weight of `layer` is added to in the backward pass; None: autograd gets it
         self.into: Callable[[], Tensor] | None = None
         if not self.plain and model not in _SAID:

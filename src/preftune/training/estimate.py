@@ -109,7 +109,7 @@ class Estimate:
             token_bytes=token_bytes,
             operations=2.0 * _multiplied(model) * passes,
             usual=usual,
-            scored_bytes=4 * len(weight) if weight is not None and weight.requires_grad else 0,
+            scored_bytes=4 * len(weight) if weight is not None and weight.requires_grad and not checkpointing else 0,
         )
 
     def seconds(self, tokens: int, rate: float) -> float:

@@ -42,7 +42,7 @@ class TrainOptions(BaseModel):
     )
     checkpointing: bool = Field(
         default=False,
-        description="Activations of a layer are computed again in the backward pass instead of kept: less memory, more time.",
+        description="Activations are computed again in the backward pass instead of kept: less memory, more time.",
     )
     sharing: Sharing = Field(
         default="auto",
