@@ -58,7 +58,11 @@ def test_the_masks_of_calls_are_the_dense_mask(worth: int, window: int | None, m
             assert torch.equal(torch.ones_like(expected) if mask is None else mask, expected)
             assert int(rows.sum()) == int(expected.sum())
             added = made.added(call, len(keys), None if window is None or len(keys) <= window else window, 2, torch.zeros(1))
-            assert torch.equal(added == 0, expected.repeat(2, 1))
+            heads = (added == 0).view(2, -1, added.shape[1])
+            assert added.shape[1] % layout.SIDE == heads.shape[1] % layout.SIDE == 0
+            assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0, : len(rows), : len(keys)], expected)
+            assert not heads[0, : len(rows), len(keys) :].any(), "keys that only make the product wider"
+            assert heads[0, len(rows) :].any(-1).all(), "a softmax over nothing is no number"
     assert len(layout.Layout.of(alike, CPU, torch.bfloat16).calls) == (2 if worth else 6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from preftune.scoring.virtual import Kept, Virtual, below
 
 SMALL = 2**18  # pairs of a query and a key: of a call that is two products, and of one of several nodes
 WORTH = 2**12  # pairs that take no longer than a call by itself, on a CPU
+SIDE = 32  # entries: with other than multiples of it, softmax in bfloat16 takes up to three times as long on a CPU
 
 
-@dataclass(slots=True)
+@dataclass
 class Layout:
     """What attention needs of a trie, on the device: and the masks that it makes once for all layers.
 
@@ -35,8 +37,6 @@ class Layout:
     compare: bool
     kept: Kept | None
     root: int
-    _ends: Tensor
-    _positions: Tensor
     windows: list[int | None] = field(default_factory=list["int | None"])
     _masks: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict[tuple[int | None, ...], Tensor])
     _added: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict[tuple[int | None, ...], Tensor])
@@ -61,8 +61,15 @@ class Layout:
         lengths = [trie.nodes[call[-1]].end - trie.nodes[call[0]].begin for call in calls]
         paths = [[of_node[node] for node in trie.path(call[0])] for call in calls]
         blocks = flex.Blocks(trie, device) if fused else None
-        ends, positions = (torch.tensor(column, device=device) for column in (flex.ends(trie), trie.positions))
-        return cls(trie, calls, lengths, paths, device, blocks, compare, kept, root, ends, positions)
+        return cls(trie, calls, lengths, paths, device, blocks, compare, kept, root)
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        return torch.tensor(flex.ends(self.trie), device=self.device)
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        return torch.tensor(self.trie.positions, device=self.device)
 
     def mask(self, call: int, keys: int, window: int | None) -> Tensor | None:
         """[queries, keys] True = visible, for a call's tokens at the end of its keys; None where all of them are."""
@@ -74,12 +81,15 @@ class Layout:
         return self._masks[wanted]
 
     def added(self, call: int, keys: int, window: int | None, heads: int, like: Tensor) -> Tensor:
-        """[heads * queries, keys] 0 = visible, -inf = not, the mask of `heads` heads below each other."""
+        """[heads * whole(queries), whole(keys)] 0 = visible, -inf = not, the mask of `heads` heads below each other. Nothing sees
+        keys beyond the last; queries beyond the last see all others, so that their softmax is a number."""
         wanted = (*self._like(call), keys, window, heads)
         if wanted not in self._added:
-            mask = self.mask(call, keys, window)
-            zeros = like.new_zeros(self.lengths[call], keys)
-            one = zeros if mask is None else zeros.masked_fill(~mask, float("-inf"))
+            mask, queries = self.mask(call, keys, window), self.lengths[call]
+            one = like.new_zeros(whole(queries), whole(keys))
+            one[:, keys:] = float("-inf")
+            if mask is not None:
+                one[:queries, :keys].masked_fill_(~mask, float("-inf"))
             self._added[wanted] = one.repeat(heads, 1)
         return self._added[wanted]
 
@@ -104,6 +114,11 @@ def by_products(dtype: torch.dtype, device: torch.device, pairs: int = 0) -> boo
     """Where two batched products beat torch's fused attention: in bfloat16 on the CPU, three to five times at these sizes. They
     keep their probabilities for the backward pass, which bounds the size."""
     return dtype == torch.bfloat16 and device.type == "cpu" and pairs <= SMALL
+
+
+def whole(entries: int) -> int:
+    """The next multiple of `SIDE`."""
+    return -(-entries // SIDE) * SIDE
 
 
 def subtrees(trie: Trie, worth: int) -> list[range]:
