@@ -59,11 +59,17 @@ def test_the_masks_of_calls_are_the_dense_mask(worth: int, window: int | None, m
             assert int(rows.sum()) == int(expected.sum())
             added = made.added(call, len(keys), None if window is None or len(keys) <= window else window, 2, torch.zeros(1))
             heads = (added == 0).view(2, -1, added.shape[1])
-            assert added.shape[1] % layout.SIDE == heads.shape[1] % layout.SIDE == 0
+            assert heads.shape[1:] == layout.sides(len(rows), len(keys))
             assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0, : len(rows), : len(keys)], expected)
             assert not heads[0, : len(rows), len(keys) :].any(), "keys that only make the product wider"
             assert heads[0, len(rows) :].any(-1).all(), "a softmax over nothing is no number"
     assert len(layout.Layout.of(alike, CPU, torch.bfloat16).calls) == (2 if worth else 6)
+
+
+def test_sides_of_products_are_few_and_not_far_above() -> None:
+    asked = [(1, 1), (1, 32), (2, 33), (3, 64), (5, 5), (17, 100), (32, 32), (33, 65), (64, 64), (65, 96), (191, 191)]
+    given = [(1, 32), (1, 32), (2, 64), (4, 64), (8, 32), (32, 128), (32, 32), (64, 96), (64, 64), (96, 96), (192, 192)]
+    assert [layout.sides(*of) for of in asked] == given
 
 
 def test_calls_of_one_node_in_float32() -> None:

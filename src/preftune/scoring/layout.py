@@ -81,12 +81,12 @@ class Layout:
         return self._masks[wanted]
 
     def added(self, call: int, keys: int, window: int | None, heads: int, like: Tensor) -> Tensor:
-        """[heads * whole(queries), whole(keys)] 0 = visible, -inf = not, the mask of `heads` heads below each other. Nothing sees
-        keys beyond the last; queries beyond the last see all others, so that their softmax is a number."""
+        """0 = visible, -inf = not, the mask of `heads` heads below each other, each with queries and keys by `sides`.
+        Nothing sees keys beyond the last; queries beyond the last see all others, so that their softmax is a number."""
         wanted = (*self._like(call), keys, window, heads)
         if wanted not in self._added:
             mask, queries = self.mask(call, keys, window), self.lengths[call]
-            one = like.new_zeros(whole(queries), whole(keys))
+            one = like.new_zeros(sides(queries, keys))
             one[:, keys:] = float("-inf")
             if mask is not None:
                 one[:queries, :keys].masked_fill_(~mask, float("-inf"))
@@ -116,9 +116,11 @@ def by_products(dtype: torch.dtype, device: torch.device, pairs: int = 0) -> boo
     return dtype == torch.bfloat16 and device.type == "cpu" and pairs <= SMALL
 
 
-def whole(entries: int) -> int:
-    """The next multiple of `SIDE`."""
-    return -(-entries // SIDE) * SIDE
+def sides(queries: int, keys: int) -> tuple[int, int]:
+    """Of products with at least so many: keys the next multiple of `SIDE`, queries too, or the next power of 2 where that is
+    less. Calls then have few shapes: oneDNN compiles a kernel for each of them, and keeps it."""
+    wide, high = (-(-n // SIDE) * SIDE for n in (keys, queries))
+    return min(high, 1 << (queries - 1).bit_length()), wide
 
 
 def subtrees(trie: Trie, worth: int) -> list[range]:
