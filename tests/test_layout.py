@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from test_flex import seen, tries
+from torch.nn.functional import scaled_dot_product_attention
 
-from preftune.scoring import layout
+from preftune.scoring import attention, layout
 from preftune.scoring.trie import grow
 
 CPU = torch.device("cpu")
@@ -61,9 +62,26 @@ def test_the_masks_of_calls_are_the_dense_mask(worth: int, window: int | None, m
             heads = (added == 0).view(2, -1, added.shape[1])
             assert heads.shape[1:] == layout.sides(len(rows), len(keys))
             assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0, : len(rows), : len(keys)], expected)
-            assert not heads[0, : len(rows), len(keys) :].any(), "keys that only make the product wider"
-            assert heads[0, len(rows) :].any(-1).all(), "a softmax over nothing is no number"
+            assert not heads[0, :, len(keys) :].any() and heads[0, len(rows) :, : len(keys)].all()
     assert len(layout.Layout.of(alike, CPU, torch.bfloat16).calls) == (2 if worth else 6)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 40), (3, 7), (32, 64), (33, 65)])
+def test_two_products_are_attention(queries: int, keys: int) -> None:
+    """Of heads that share keys, and values narrower than those; with its gradients, in float32."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, queries, 8), (1, 2, keys, 8), (1, 2, keys, 6))
+    q, k, v = (torch.randn(shape, generator=draw, requires_grad=True) for shape in shapes)
+    visible = torch.rand(queries, keys, generator=draw) < 0.7
+    visible[:, 0] = True
+    mask = torch.zeros(layout.sides(queries, keys))
+    mask[:, keys:] = float("-inf")
+    mask[:queries, :keys].masked_fill_(~visible, float("-inf"))
+    ours = attention._products(q, k, v, mask.repeat(2, 1), 0.3)
+    theirs = scaled_dot_product_attention(q, k, v, visible, scale=0.3, enable_gqa=True)
+    slope = torch.randn(theirs.shape, generator=draw)
+    found, expected = ([x, *torch.autograd.grad(x, (q, k, v), slope)] for x in (ours, theirs))
+    torch.testing.assert_close(found, expected)
 
 
 def test_sides_of_products_are_few_and_not_far_above() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from typing import Any
@@ -219,7 +220,7 @@ def test_shared_equals_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) ->
     expected, weight = one_by_one(plain, sequences), torch.linspace(-1, 1, len(sequences))
     (expected * weight).sum().backward()
     monkeypatch.setattr(layout, "by_products", lambda *_: True)
-    for worth, products in ((0, False), (30, False), (layout.WORTH, False), (layout.WORTH, True)):
+    for worth, products in itertools.product((0, 30, layout.WORTH), (False, True)):
         monkeypatch.setattr(layout, "WORTH", worth)
         monkeypatch.setattr(attention, "by_products", lambda *_, how=products: how)
         model.zero_grad()

@@ -128,11 +128,12 @@ def _call_by_call(
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
     """The heads that share keys stand below each other as rows of one product, which is as large as its mask."""
     heads, queries, groups = q.shape[1], q.shape[2], k.shape[1]
-    rows = pad(q, (0, 0, 0, len(mask) * groups // heads - queries)).reshape(groups, -1, q.shape[3])
-    k, v = (pad(x, (0, 0, 0, mask.shape[1] - x.shape[2])) for x in (k, v))
+    high, wide = len(mask) * groups // heads, mask.shape[1]
+    rows = pad(q, (0, 0, 0, high - queries)).reshape(groups, -1, q.shape[3])
+    k, v = (pad(x, (0, 0, 0, wide - x.shape[2])) for x in (k, v))
     alpha = q.shape[3] ** -0.5 if scaling is None else scaling
     scores = torch.baddbmm(mask.expand(groups, -1, -1), rows, k[0].transpose(1, 2), alpha=alpha)
-    return (torch.softmax(scores, -1) @ v[0]).reshape(1, heads, -1, v.shape[3])[:, :, :queries]
+    return (torch.softmax(scores, -1) @ v[0]).reshape(1, heads, high, v.shape[3])[:, :, :queries]
 
 
 def _join(parts: list[Tensor]) -> Tensor:

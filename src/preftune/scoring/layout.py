@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,12 +11,13 @@ from preftune.scoring import flex
 from preftune.scoring.trie import Trie
 from preftune.scoring.virtual import Kept, Virtual, below
 
-SMALL = 2**18  # pairs of a query and a key: of a call that is two products, and of one of several nodes
+# pairs of a query and a key: of a call that is two products, and of one of several nodes; `sides` at most doubles them
+SMALL = 2**18
 WORTH = 2**12  # pairs that take no longer than a call by itself, on a CPU
-SIDE = 32  # entries: with other than multiples of it, softmax in bfloat16 takes up to three times as long on a CPU
+SIDE = 32  # keys: softmax in bfloat16 takes up to three times as long on a CPU where they are no multiple of it
 
 
-@dataclass
+@dataclass(slots=True)
 class Layout:
     """What attention needs of a trie, on the device: and the masks that it makes once for all layers.
 
@@ -37,6 +37,8 @@ class Layout:
     compare: bool
     kept: Kept | None
     root: int
+    _ends: Tensor
+    _positions: Tensor
     windows: list[int | None] = field(default_factory=list["int | None"])
     _masks: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict[tuple[int | None, ...], Tensor])
     _added: dict[tuple[int | None, ...], Tensor] = field(default_factory=dict[tuple[int | None, ...], Tensor])
@@ -61,15 +63,8 @@ class Layout:
         lengths = [trie.nodes[call[-1]].end - trie.nodes[call[0]].begin for call in calls]
         paths = [[of_node[node] for node in trie.path(call[0])] for call in calls]
         blocks = flex.Blocks(trie, device) if fused else None
-        return cls(trie, calls, lengths, paths, device, blocks, compare, kept, root)
-
-    @cached_property
-    def _ends(self) -> Tensor:
-        return torch.tensor(flex.ends(self.trie), device=self.device)
-
-    @cached_property
-    def _positions(self) -> Tensor:
-        return torch.tensor(self.trie.positions, device=self.device)
+        ends, positions = (torch.tensor(column, device=device) for column in (flex.ends(trie), trie.positions))
+        return cls(trie, calls, lengths, paths, device, blocks, compare, kept, root, ends, positions)
 
     def mask(self, call: int, keys: int, window: int | None) -> Tensor | None:
         """[queries, keys] True = visible, for a call's tokens at the end of its keys; None where all of them are."""
@@ -81,8 +76,8 @@ class Layout:
         return self._masks[wanted]
 
     def added(self, call: int, keys: int, window: int | None, heads: int, like: Tensor) -> Tensor:
-        """0 = visible, -inf = not, the mask of `heads` heads below each other, each with queries and keys by `sides`.
-        Nothing sees keys beyond the last; queries beyond the last see all others, so that their softmax is a number."""
+        """[heads * high, wide] 0 = visible, -inf = not, of `heads` heads below each other, with high and wide by `sides`.
+        No query sees added keys; added queries see all others, so that their softmax is a number."""
         wanted = (*self._like(call), keys, window, heads)
         if wanted not in self._added:
             mask, queries = self.mask(call, keys, window), self.lengths[call]
@@ -117,9 +112,9 @@ def by_products(dtype: torch.dtype, device: torch.device, pairs: int = 0) -> boo
 
 
 def sides(queries: int, keys: int) -> tuple[int, int]:
-    """Of products with at least so many: keys the next multiple of `SIDE`, queries too, or the next power of 2 where that is
-    less. Calls then have few shapes: oneDNN compiles a kernel for each of them, and keeps it."""
-    wide, high = (-(-n // SIDE) * SIDE for n in (keys, queries))
+    """(queries, keys) that a call's products have: keys the next multiple of `SIDE`, queries that or the next power of 2,
+    whichever is less. Calls then have few shapes: oneDNN compiles a kernel for each, and keeps it."""
+    high, wide = (-(-n // SIDE) * SIDE for n in (queries, keys))
     return min(high, 1 << (queries - 1).bit_length()), wide
 
 
