@@ -44,7 +44,7 @@ DTYPES ?= float32 bfloat16
 STEP = $(BIN)/python benchmarks/dpo_step.py --trl $(TRL) --hh $(HH)
 bench: $(READY)  ## every benchmark, hours: make bench TRL=<python that has trl> HH=<harmless-base-test.jsonl.gz>
 	set -e; for dtype in $(DTYPES); do \
-	$(STEP) --dtype $$dtype; \
+	$(STEP) --dtype $$dtype --smaller 512 --recomputed 4096; \
 	$(STEP) --dtype $$dtype --profile four --sizes 8 4 2 1; \
 	$(STEP) --dtype $$dtype --profile summaries; \
 	$(STEP) --dtype $$dtype --profile chat; \

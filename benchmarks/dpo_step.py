@@ -13,6 +13,7 @@ activation checkpointing besides.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -59,8 +60,10 @@ def rivals(words: argparse.Namespace, grid: list[Arm], batch: int) -> dict[str, 
 
 
 def compared(ours: list[Arm], theirs: list[Arm], batch: int) -> dict[str, Any]:
-    """Speed, memory and losses of the runs of one side against those of another."""
-    mine, their = (statistics.median(s for run in runs for s in run["seconds"][rows.WARM :]) for runs in (ours, theirs))
+    """Speed, memory and losses of the runs of one side against those of another. `ratio` is of the median steps, `ratios` the
+    same by run, `of_all` of all seconds; the first step of a run counts in none of them."""
+    timed = [[run["seconds"][rows.WARM :] for run in runs] for runs in (ours, theirs)]
+    mine, their = (statistics.median(itertools.chain(*side)) for side in timed)
     peaks = [max(run["peak_gb"] for run in runs) for runs in (ours, theirs)]
     losses = zip(ours[0]["losses"], theirs[0]["losses"], strict=True)
     return {
@@ -68,6 +71,8 @@ def compared(ours: list[Arm], theirs: list[Arm], batch: int) -> dict[str, Any]:
         "seconds_per_step": {"preftune": mine, "other": their},
         "pairs_per_s": {"preftune": batch / mine, "other": batch / their},
         "ratio": their / mine,
+        "ratios": [statistics.median(b) / statistics.median(a) for a, b in zip(*timed, strict=False)],
+        "of_all": statistics.mean(itertools.chain(*timed[1])) / statistics.mean(itertools.chain(*timed[0])),
         "peak_gb": {"preftune": peaks[0], "other": peaks[1]},
         "memory": peaks[0] / peaks[1],
         "largest_loss_difference": max(abs(a - b) for a, b in losses),
@@ -84,7 +89,8 @@ def show(words: argparse.Namespace, runs: dict[str, list[Arm]], against: dict[st
         at_once = f", micro-batch of {found['how']['batch']}" if "batch" in found["how"] else ""
         print(
             f"{words.profile}, {words.dtype}, {name}{at_once}: "
-            f"{speed['preftune']:.2f} pairs/s against {speed['other']:.2f}, {found['ratio']:.2f}x; "
+            f"{speed['preftune']:.2f} pairs/s against {speed['other']:.2f}, {found['ratio']:.2f}x "
+            f"(by run {', '.join(f'{ratio:.2f}' for ratio in found['ratios'])}; by all seconds {found['of_all']:.2f}); "
             f"{peak['preftune']:.2f} GB against {peak['other']:.2f}, {found['memory']:.2f}x; "
             f"losses differ by at most {found['largest_loss_difference']:.1e}"
         )
@@ -123,8 +129,7 @@ def main() -> None:
     show(words, runs, against)
     result = {"batch": batch, "against": against, "runs": runs, "grid": grid}
     trl = None if words.profile == "long" else words.trl
-    name = "-".join(["dpo_step", words.profile, *(["smaller"] if words.smaller or words.recomputed else []), words.dtype])
-    common.write(words, name, result, trl)
+    common.write(words, f"dpo_step-{words.profile}-{words.dtype}", result, trl)
 
 
 if __name__ == "__main__":

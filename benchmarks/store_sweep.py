@@ -79,9 +79,11 @@ def compare(folder: Path, how: dict[str, Any], repeats: int) -> dict[str, Any]:
                 arms.append({**arm, "how": how})
     if failed := [arm["failed"] for arms in runs.values() for arm in arms if "failed" in arm]:
         return {**KINDS[how["kind"]], **runs, "failed": failed[0]}
-    first, second = (statistics.median(arm["total"] for arm in arms) for arms in runs.values())
+    totals = [[arm["total"] for arm in arms] for arms in runs.values()]
+    first, second = map(statistics.median, totals)
+    ratios = [a / b for a, b in zip(*totals, strict=True)]
     differ = max(abs(a - b) for a, b in zip(*(arms[0]["losses"] for arms in runs.values()), strict=True))
-    return {"ratio": first / second, **KINDS[how["kind"]], "largest_loss_difference": differ, **runs}
+    return {"ratio": first / second, "ratios": ratios, **KINDS[how["kind"]], "largest_loss_difference": differ, **runs}
 
 
 def main() -> None:
@@ -99,7 +101,8 @@ def main() -> None:
             print(f"{kind}, {words.dtype}: {found['failed']}")
             continue
         print(
-            f"{kind}, {words.dtype}: {found['ratio']:.2f}x of at most {found['bound']:.2f}x (to reach: {found['at_least']}x); "
+            f"{kind}, {words.dtype}: {found['ratio']:.2f}x (by pair {', '.join(f'{ratio:.2f}' for ratio in found['ratios'])}) "
+            f"of at most {found['bound']:.2f}x (to reach: {found['at_least']}x); "
             f"losses differ by at most {found['largest_loss_difference']:.1e}"
         )
     common.write(words, "-".join(["store_sweep", *(words.kinds if len(words.kinds) == 1 else []), words.dtype]), result)
