@@ -177,6 +177,7 @@ def test_a_heads_blocks_add_up_to_the_gradient_that_autograd_adds_up(
     monkeypatch.setattr(product, "PART", 40)
     monkeypatch.setattr(product, "FEWEST", 1)
     monkeypatch.setattr(product, "WIDE", 1)
+    monkeypatch.setattr(product, "ROWS", 7)
     monkeypatch.setattr(precision, "_PART", 100)
     batch = render(tiny.pairs(6), tokenizer)
     cuts = [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11]]
@@ -252,6 +253,18 @@ def test_no_more_logits_are_held_than_may_be_kept(kept: int, monkeypatch: pytest
         with Largest() as largest:
             own(hidden, targets).sum().backward()
         assert (largest.bytes >= 4 * 30 * tiny.VOCABULARY) == (trained and kept == 30 * tiny.VOCABULARY)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_many_positions_have_no_gradient_in_float32_at_once(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("CPU_BLOCK", 400), ("FEWEST", 1), ("WIDE", 1), ("KEPT", 0), ("ROWS", 16)):
+        monkeypatch.setattr(product, name, size)
+    own = head.Head(tiny.model("untied").requires_grad_(trained).bfloat16())
+    hidden, targets = torch.randn(600, 16, dtype=torch.bfloat16, requires_grad=True), torch.zeros(600, dtype=torch.long)
+    loss = own(hidden, targets).sum()
+    with Largest() as largest:
+        loss.backward()
+    assert largest.bytes == hidden.nbytes
 
 
 @pytest.mark.parametrize(

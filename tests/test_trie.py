@@ -453,6 +453,7 @@ def test_chunked_equals_plain(name: str, how: str, block: int, monkeypatch: pyte
     monkeypatch.setattr(product, "CPU_BLOCK", block)
     monkeypatch.setattr(product, "FEWEST", 1)
     monkeypatch.setattr(product, "WIDE", 1)
+    monkeypatch.setattr(product, "ROWS", 2)
     monkeypatch.setattr(product, "KEPT", {"kept": product.KEPT, "partly kept": 3 * tiny.VOCABULARY}.get(how, 0))
     model = tiny.model(name)
     model.get_output_embeddings().requires_grad_(how != "frozen")

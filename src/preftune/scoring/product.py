@@ -16,6 +16,7 @@ from preftune.models.randomness import random_state, random_state_kept, set_rand
 # float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold
 BLOCK, CPU_BLOCK = 2**25, 2**20
 PART = 2**23  # entries of a product that is added to a tensor of another precision
+ROWS = 2**12  # positions whose gradient in float32 is held at once, on its way to the precision of the hidden states
 KEPT = 2**26  # entries of a softmax that a trained head keeps for its backward pass: 256 MiB
 FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
 OWN = 2**22  # entries of logits at once on the CPU in a head's own code, which holds some twenty tensors of them: 16 MiB each
@@ -91,7 +92,10 @@ class FrozenLogp(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (slope,) = ctx.saved_tensors
-        return (gradients[0][:, None].float() * slope).to(slope.dtype), None, None, None, None
+        d_hidden = torch.empty_like(slope)
+        for part, g, own in zip(d_hidden.split(ROWS), gradients[0].split(ROWS), slope.split(ROWS), strict=True):
+            part.copy_(g[:, None].float() * own)
+        return d_hidden, None, None, None, None
 
 
 class LinearLogp(Function):
@@ -130,36 +134,37 @@ class LinearLogp(Function):
         hidden, weight, bias, targets, log_z, kept = ctx.saved_tensors
         for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
         g = gradients[0][:, None].float()
-        # blocks of the vocabulary, each with all rows: a row of W then gets its whole gradient in one product
-        columns = rows_at_once(max(1, len(hidden)), ctx.entries)
-        whole = columns >= len(weight)
-        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if for_hidden and not whole else None
+        d_hidden = torch.empty_like(hidden) if for_hidden else None
         into = ctx.into() if for_weight and ctx.into else None
-        d_weight = torch.empty_like(weight) if for_weight and into is None else None
-        d_bias = torch.empty_like(bias) if for_bias else None
-        space, keep = _space(len(hidden) * min(columns, len(weight)), hidden), len(kept)
-        for first in range(0, len(weight), columns):
-            block = slice(first, first + columns)
-            w, b = weight[block], None if bias is None else bias[block]
-            p = _part(space, len(hidden), len(w))
-            torch.exp(kept[:, block], out=p[:keep])
-            _product(hidden[keep:], w, b, out=p[keep:]).sub_(log_z[keep:, None]).exp_()
-            gradient = p.mul_(-g)
-            inside = (targets >= first) & (targets < first + columns)
-            places = inside.nonzero().flatten()
-            gradient[places, targets[places] - first] += g[places, 0]
-            if d_bias is not None:
-                d_bias[block] = gradient.sum(0)
-            gradient = gradient.to(hidden.dtype)
-            if for_hidden and whole:
-                d_hidden = gradient @ w
-            elif d_hidden is not None:
-                _add_product(d_hidden, gradient, w)
-            if d_weight is not None:
-                torch.mm(gradient.T, hidden, out=d_weight[block])
-            if into is not None:
-                _add_product(into[block], gradient.T, hidden)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None, None
+        d_weight = torch.zeros_like(weight) if for_weight and into is None else None
+        d_bias = torch.zeros_like(bias) if for_bias else None
+        # blocks of the vocabulary, each with all rows, or many: a row of W then gets its gradient in one product, or few
+        most = min(ROWS, len(hidden))
+        columns = min(rows_at_once(max(1, most), ctx.entries), len(weight))
+        space, sums = _space(most * columns, hidden), _space(most * hidden.shape[1], hidden)
+        for own in _slices(len(hidden), ROWS):
+            h, t, saved = hidden[own], targets[own], kept[own]
+            keep, total = len(saved), _part(sums, *h.shape).zero_()
+            for block in _slices(len(weight), columns):
+                w, b = weight[block], None if bias is None else bias[block]
+                p = _part(space, len(h), len(w))
+                torch.exp(saved[:, block], out=p[:keep])
+                _product(h[keep:], w, b, out=p[keep:]).sub_(log_z[own][keep:, None]).exp_()
+                gradient = p.mul_(-g[own])
+                places = ((t >= block.start) & (t < block.stop)).nonzero().flatten()
+                gradient[places, t[places] - block.start] += g[own][places, 0]
+                if d_bias is not None:
+                    d_bias[block] += gradient.sum(0)
+                gradient = gradient.to(hidden.dtype)
+                if for_hidden:
+                    _add_product(total, gradient, w)
+                if d_weight is not None:
+                    _add_product(d_weight[block], gradient.T, h)
+                if into is not None:
+                    _add_product(into[block], gradient.T, h)
+            if d_hidden is not None:
+                d_hidden[own] = total
+        return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
 class AddedProduct(Function):
@@ -237,6 +242,10 @@ def _blocks(
         place = kept[own] if first < keep else _part(other, len(h), len(weight))
         # one pass over each row; logsumexp takes four, with a copy of all rows
         yield own, logits, torch.log_softmax(logits, -1, out=place)
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
 
 def _space(entries: int, like: Tensor) -> Tensor:
