@@ -93,7 +93,7 @@ class FrozenLogp(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (slope,) = ctx.saved_tensors
         d_hidden = torch.empty_like(slope)
-        for part, g, own in zip(d_hidden.split(ROWS), gradients[0].split(ROWS), slope.split(ROWS), strict=True):
+        for part, g, own in zip(d_hidden.split(WIDE), gradients[0].split(WIDE), slope.split(WIDE), strict=True):
             part.copy_(g[:, None].float() * own)
         return d_hidden, None, None, None, None
 
