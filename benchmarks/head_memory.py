@@ -84,21 +84,21 @@ def main() -> None:
     parser.add_argument("--by", default="blocks", choices=("blocks", "autograd"), help="who adds up the weight's gradient")
     words = parser.parse_args()
     model = {"shape": SHAPE | words.shape, "dtype": words.dtype, "by": words.by}
-    cases = [
-        common.run_arm("head_memory:case", Path(), {**model, "head": head, "count": count, "trained": trained})
-        for head in words.heads
-        for trained in (False, True)
-        for count in words.counts
-    ]
-    for arm in cases:
-        how, weight = arm["how"], "trained" if arm["how"]["trained"] else "frozen"
-        said = arm.get("failed", "")
-        if not said:
-            beyond = "" if arm["growth_gb"] <= LIMIT else f"  (more than {LIMIT:.0f} GB)"
-            said = f"{arm['growth_gb']:.2f} GB, the first micro-batch {arm['first_gb']:.2f}{beyond}"
-        print(f"{how['head']:6} head, {weight:7}, {how['count']:6,} tokens: {said}")
-    name = f"head_memory-{words.dtype}" + ("" if words.by == "blocks" else f"-{words.by}")
-    common.write(words, name, {"limit_gb": LIMIT, "cases": cases})
+    for kind in words.heads:
+        cases = [
+            common.run_arm("head_memory:case", Path(), {**model, "head": kind, "count": count, "trained": trained})
+            for trained in (False, True)
+            for count in words.counts
+        ]
+        for arm in cases:
+            how, weight = arm["how"], "trained" if arm["how"]["trained"] else "frozen"
+            said = arm.get("failed", "")
+            if not said:
+                beyond = "" if arm["growth_gb"] <= LIMIT else f"  (more than {LIMIT:.0f} GB)"
+                said = f"{arm['growth_gb']:.2f} GB, the first micro-batch {arm['first_gb']:.2f}{beyond}"
+            print(f"{kind:6} head, {weight:7}, {how['count']:6,} tokens: {said}", flush=True)
+        name = f"head_memory-{kind}-{words.dtype}" + ("" if words.by == "blocks" else f"-{words.by}")
+        common.write(words, name, {"limit_gb": LIMIT, "cases": cases})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -435,3 +437,11 @@ def test_sites_are_few_and_no_path_is_absolute(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"https?://([^/\s)`]+)", text)) <= SITES
     assert not re.findall(r"(?:^|[\s`'\"(=])(?:/[\w.-]+/|~/|[A-Z]:\\)\S*", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_measured_tables_are_those_of_the_results(dtype: str) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "tables.py", "--dtype", dtype]
+    tables = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split("\n\n")
+    page = (ROOT / "docs" / "scoring.md").read_text(encoding="utf-8")
+    assert len(tables) == 2 and all(len(table.splitlines()) > 2 and table in page for table in tables)
