@@ -45,6 +45,7 @@ STEP = $(BIN)/python benchmarks/dpo_step.py --trl $(TRL) --hh $(HH)
 bench: $(READY)  ## every benchmark, hours: make bench TRL=<python that has trl> HH=<harmless-base-test.jsonl.gz>
 	set -e; for dtype in $(DTYPES); do \
 	$(STEP) --dtype $$dtype --smaller 512 --recomputed 4096; \
+	$(STEP) --dtype $$dtype --sizes 1 --no-checkpointing --recomputed 4096 --name hh-ones; \
 	$(STEP) --dtype $$dtype --profile four --sizes 8 4 2 1; \
 	$(STEP) --dtype $$dtype --profile summaries; \
 	$(STEP) --dtype $$dtype --profile chat; \

@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--no-checkpointing", action="store_true", help="leave TRL's gradient checkpointing out of the search")
     parser.add_argument("--smaller", type=int, nargs="+", default=[], help="preftune with so many tokens at once, too")
     parser.add_argument("--recomputed", type=int, nargs="+", default=[], help="the same with activation checkpointing")
+    parser.add_argument("--name", help="of the result; the profile's where it is absent")
     words = parser.parse_args()
     folder = common.prepared(words, words.profile, words.steps + rows.WARM)
     batch = json.loads((folder / "settings.json").read_text())["batch"]
@@ -129,7 +130,7 @@ def main() -> None:
     show(words, runs, against)
     result = {"batch": batch, "against": against, "runs": runs, "grid": grid}
     trl = None if words.profile == "long" else words.trl
-    common.write(words, f"dpo_step-{words.profile}-{words.dtype}", result, trl)
+    common.write(words, f"dpo_step-{words.name or words.profile}-{words.dtype}", result, trl)
 
 
 if __name__ == "__main__":

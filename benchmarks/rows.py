@@ -43,7 +43,7 @@ def hh(path: Path, count: int) -> list[dict[str, str]]:
 
 def made_up(profile: str, count: int, vocabulary: list[str]) -> list[dict[str, str]]:
     """Random words in the proportions of a task, in words: a summary's long prompt, a short question with long answers, one
-    4,096-token prompt with two short answers, or four answers to a prompt with all six pairs of them."""
+    prompt of 4,100 tokens with two short answers, or four answers to a prompt with all six pairs of them."""
     draw = random.Random(0)
 
     def words(number: int) -> str:

@@ -105,7 +105,7 @@ def main() -> None:
             f"of at most {found['bound']:.2f}x (to reach: {found['at_least']}x); "
             f"losses differ by at most {found['largest_loss_difference']:.1e}"
         )
-    common.write(words, "-".join(["store_sweep", *(words.kinds if len(words.kinds) == 1 else []), words.dtype]), result)
+    common.write(words, f"store_sweep-{words.dtype}", result)
 
 
 if __name__ == "__main__":

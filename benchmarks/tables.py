@@ -17,7 +17,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PROFILES = {
     "hh": "HH dialogues, 8 pairs a step",
-    "hh-ones": "HH dialogues, another run",
+    "hh-ones": "HH dialogues, beside TRL's micro-batches of 1",
     "four": "four answers to a prompt, all six pairs, 48 pairs a step",
     "summaries": "long prompts with short answers, 8 pairs a step",
     "chat": "short prompts with long answers, 8 pairs a step",
@@ -36,7 +36,8 @@ Cells = tuple[str, ...]
 
 
 def steps(dtype: str) -> Iterator[Cells]:
-    """Of each profile: preftune, what it is compared with, the ratio of speed, that of memory."""
+    """Of each profile: preftune, what it is compared with, the ratio of speed, that of memory. Its other settings beside TRL's
+    best alone."""
     for profile, name in PROFILES.items():
         found = read(f"dpo_step-{profile}-{dtype}")
         for pair, own in found.get("against", {}).items():
@@ -45,14 +46,20 @@ def steps(dtype: str) -> Iterator[Cells]:
                 continue
             mine, their = (f"{pace(own['pairs_per_s'][s])}, {own['peak_gb'][s]:.1f} GB" for s in ("preftune", "other"))
             against = f"{rival(other, own['how'], found['grid'])}: {their}"
-            yield name + setting(ours), mine, against, ratio(own["ratio"], own["ratios"]), f"{own['memory']:.2f}x"
+            yield (
+                name + setting(ours, found["settings"]["tokens"]),
+                mine,
+                against,
+                ratio(own["ratio"], own["ratios"]),
+                f"{own['memory']:.2f}x",
+            )
 
 
 def stores(dtype: str) -> Iterator[Cells]:
     """Of each kind of run: the second one, which finds its reference in the store, and the first."""
     found = read(f"store_sweep-{dtype}")
     for kind, name in KINDS.items():
-        if kind in found:
+        if kind in found and "failed" not in found[kind]:
             own = found[kind]
             first, second = (statistics.median([arm["total"] for arm in own[run]]) for run in ("first", "second"))
             spent = f"s for {found['settings']['steps']} steps"
@@ -74,7 +81,8 @@ def heads(dtype: str) -> Iterator[Cells]:
     for kind, name in HEADS.items():
         cases = read(f"head_memory-{kind}-{dtype}").get("cases", [])
         for weight, trained in (("frozen", False), ("trained", True)):
-            grown = {c["how"]["count"]: f"{c['growth_gb']:.2f}" for c in cases if c["how"]["trained"] == trained}
+            own = [case for case in cases if case["how"]["trained"] == trained]
+            grown = {case["how"]["count"]: case.get("failed") or f"{case['growth_gb']:.2f}" for case in own}
             if grown:
                 yield f"{name}, {weight}", *(grown.get(count, "") for count in COUNTS)
 
@@ -83,11 +91,10 @@ def pace(pairs_per_s: float) -> str:
     return f"{pairs_per_s:.2f} pairs/s" if pairs_per_s >= 0.1 else f"{1 / pairs_per_s:.1f} s a pair"
 
 
-def setting(ours: str) -> str:
-    """A side of preftune's, by the key of a run that makes it."""
-    tokens = ours.split()[0]
-    key = "train.checkpointing=true" if "recomputed" in ours else f"train.tokens_per_microbatch={tokens}"
-    return "" if ours == "preftune" else f", `{key}`"
+def setting(ours: str, usual: int) -> str:
+    """A side of preftune's, by the keys of a run that make it: "preftune", "512 tokens at once" or "512 tokens, recomputed"."""
+    tokens = "" if ours == "preftune" or ours.split()[0] == str(usual) else f", `train.tokens_per_microbatch={ours.split()[0]}`"
+    return tokens + (", `train.checkpointing=true`" if "recomputed" in ours else "")
 
 
 def rival(other: str, how: dict[str, Any], grid: list[Any]) -> str:
@@ -95,7 +102,7 @@ def rival(other: str, how: dict[str, Any], grid: list[Any]) -> str:
         return "preftune with a copy of the prompt for each answer"
     if other == "TRL padded":
         return f"TRL's whole padded batch of {how['batch']}"
-    searched = f"TRL's best of {len(grid)} settings" if len(grid) > 1 else "TRL"
+    searched = f"TRL's best in a search of {len(grid)} settings" if len(grid) > 1 else "TRL"
     return f"{searched}, micro-batches of {how['batch']}" + (" with checkpointing" if how["checkpointing"] else "")
 
 
@@ -109,9 +116,10 @@ def read(name: str) -> dict[str, Any]:
     return json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
 
 
-def table(*lines: Iterable[Cells]) -> str:
-    (head, *rows) = (cells for own in lines for cells in own)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)).replace("|  |", "| |")
+def table(*parts: Iterable[Cells]) -> str:
+    head, *rows = (cells for part in parts for cells in part)
+    lines = (head, ("---",) * len(head), *rows)
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|" for cells in lines)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from preftune.models.randomness import random_state, random_state_kept, set_rand
 # float32 entries of logits held at once, in each of at most three tensors: 128 MiB, and on the CPU what its caches hold
 BLOCK, CPU_BLOCK = 2**25, 2**20
 PART = 2**23  # entries of a product that is added to a tensor of another precision
-ROWS = 2**12  # positions whose gradient in float32 is held at once, on its way to the precision of the hidden states
+ROWS = 2**12  # positions of a head that trains whose gradient in float32 is held at once; of a frozen one WIDE are
 KEPT = 2**26  # entries of a softmax that a trained head keeps for its backward pass: 256 MiB
 FEWEST = 64  # rows, or columns, of one product: with fewer, reading the weights is all it does
 OWN = 2**22  # entries of logits at once on the CPU in a head's own code, which holds some twenty tensors of them: 16 MiB each
@@ -137,22 +137,22 @@ class LinearLogp(Function):
         d_hidden = torch.empty_like(hidden) if for_hidden else None
         into = ctx.into() if for_weight and ctx.into else None
         d_weight = torch.zeros_like(weight) if for_weight and into is None else None
-        d_bias = torch.zeros_like(bias) if for_bias else None
-        # blocks of the vocabulary, each with all rows, or many: a row of W then gets its gradient in one product, or few
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
+        # blocks of the vocabulary, each with up to ROWS positions: a row of W then gets its gradient in one product, or few
         most = min(ROWS, len(hidden))
         columns = min(rows_at_once(max(1, most), ctx.entries), len(weight))
         space, sums = _space(most * columns, hidden), _space(most * hidden.shape[1], hidden)
         for own in _slices(len(hidden), ROWS):
-            h, t, saved = hidden[own], targets[own], kept[own]
+            h, t, slope, saved = hidden[own], targets[own], g[own], kept[own]
             keep, total = len(saved), _part(sums, *h.shape).zero_()
             for block in _slices(len(weight), columns):
                 w, b = weight[block], None if bias is None else bias[block]
                 p = _part(space, len(h), len(w))
                 torch.exp(saved[:, block], out=p[:keep])
                 _product(h[keep:], w, b, out=p[keep:]).sub_(log_z[own][keep:, None]).exp_()
-                gradient = p.mul_(-g[own])
+                gradient = p.mul_(-slope)
                 places = ((t >= block.start) & (t < block.stop)).nonzero().flatten()
-                gradient[places, t[places] - block.start] += g[own][places, 0]
+                gradient[places, t[places] - block.start] += slope[places, 0]
                 if d_bias is not None:
                     d_bias[block] += gradient.sum(0)
                 gradient = gradient.to(hidden.dtype)
@@ -164,7 +164,7 @@ class LinearLogp(Function):
                     _add_product(into[block], gradient.T, h)
             if d_hidden is not None:
                 d_hidden[own] = total
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+        return d_hidden, d_weight, None if d_bias is None else d_bias.to(hidden.dtype), None, None, None, None, None
 
 
 class AddedProduct(Function):
