@@ -9,7 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -55,6 +55,10 @@ def run_arm(name: str, folder: Path, how: Mapping[str, Any], python: str = sys.e
     figures = "  ".join(f"{key} {value:.3f}" for key, value in found.items() if isinstance(value, float))
     print(f"{name} {how}  {figures}", file=sys.stderr, flush=True)
     return {"how": dict(how), **found}
+
+
+def listed(ratios: Iterable[float]) -> str:
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def environment(trl: str | None = None) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def show(words: argparse.Namespace, runs: dict[str, list[Arm]], against: dict[st
         print(
             f"{words.profile}, {words.dtype}, {name}{at_once}: "
             f"{speed['preftune']:.2f} pairs/s against {speed['other']:.2f}, {found['ratio']:.2f}x "
-            f"(by run {', '.join(f'{ratio:.2f}' for ratio in found['ratios'])}; by all seconds {found['of_all']:.2f}); "
+            f"(by run {common.listed(found['ratios'])}; by all seconds {found['of_all']:.2f}); "
             f"{peak['preftune']:.2f} GB against {peak['other']:.2f}, {found['memory']:.2f}x; "
             f"losses differ by at most {found['largest_loss_difference']:.1e}"
         )

@@ -6,8 +6,8 @@ Every case is a process of its own, and takes two micro-batches as a training st
 whose gradient both add to. Printed: by how much the resident memory grew at most beyond what was there before (the weight, its
 master and the hidden states), less the master's gradient where the weight trains; the gradient of the hidden states is part of
 it. Heads: `plain`, one matrix product; `capped` (Gemma 2's) and `scaled` (Granite's), by the model's own code; `saved`, in
-peft's wrapper beside an adapter. Each kind has a result of its
-own. `--by autograd` leaves the sum of the gradients to torch, for comparison.
+peft's wrapper beside an adapter. Each kind has a result of its own. `--by autograd` leaves the sum of the gradients to
+torch, for comparison.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def main() -> None:
             print(f"{kind}, {words.dtype}: {found['failed']}")
             continue
         print(
-            f"{kind}, {words.dtype}: {found['ratio']:.2f}x (by pair {', '.join(f'{ratio:.2f}' for ratio in found['ratios'])}) "
+            f"{kind}, {words.dtype}: {found['ratio']:.2f}x (by pair {common.listed(found['ratios'])}) "
             f"of at most {found['bound']:.2f}x (to reach: {found['at_least']}x); "
             f"losses differ by at most {found['largest_loss_difference']:.1e}"
         )

@@ -11,10 +11,11 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+import common
+
+RESULTS = common.HERE / "results"
 PROFILES = {
     "hh": "HH dialogues, 8 pairs a step",
     "hh-ones": "HH dialogues, beside TRL's micro-batches of 1",
@@ -107,7 +108,7 @@ def rival(other: str, how: dict[str, Any], grid: list[Any]) -> str:
 
 
 def ratio(middle: float, each: list[float]) -> str:
-    return f"{middle:.2f}x" + (f" ({', '.join(f'{one:.2f}' for one in each)})" if len(each) > 1 else "")
+    return f"{middle:.2f}x" + (f" ({common.listed(each)})" if len(each) > 1 else "")
 
 
 def read(name: str) -> dict[str, Any]:
